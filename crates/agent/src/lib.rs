@@ -1,0 +1,1 @@
+//! The dedup agent: the dedup and restore operations.

@@ -1,0 +1,1 @@
+//! The front door: the native HTTP API and the vendors' service APIs.

@@ -1,0 +1,3 @@
+//! The medes command.
+
+fn main() {}

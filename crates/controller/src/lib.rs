@@ -1,0 +1,1 @@
+//! The controller: functions, scheduler, lifecycle.

@@ -1,0 +1,1 @@
+//! The keeper: the small long-lived process that sandboxes depend on.

@@ -1,0 +1,1 @@
+//! The address space of a live process: mappings, pages, ptrace, userfaultfd.

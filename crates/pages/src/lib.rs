@@ -1,0 +1,1 @@
+//! Pages, fingerprints and patches: the pure logic of memory deduplication.

@@ -1,0 +1,1 @@
+//! When a sandbox goes warm, dedup or away: pure decisions.

@@ -1,0 +1,1 @@
+//! The fingerprint registry: which base pages hold a chunk.

@@ -1,0 +1,1 @@
+//! Runtime protocols: how a function's process receives requests and answers.

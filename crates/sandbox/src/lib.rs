@@ -1,0 +1,1 @@
+//! Sandboxes: namespaces, mounts, cgroups, seccomp, limits.

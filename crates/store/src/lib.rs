@@ -1,0 +1,1 @@
+//! The page store: base snapshots, patches and unique pages in shared memory.
