@@ -1,0 +1,146 @@
+//! What is stored can be read back in another mapping, is stored once, and is all given back.
+
+use std::os::fd::AsFd;
+
+use medes_core::{DomainId, FunctionId, NodeId};
+use medes_pages::{PAGE_SIZE, Page};
+use medes_store::{SnapshotRecord, Store, StoreError, View};
+use proptest::prelude::*;
+
+const DOMAIN: DomainId = DomainId(1);
+const FUNCTION: FunctionId = FunctionId(7);
+
+fn page(seed: u8) -> Page {
+    let mut page = [0u8; PAGE_SIZE];
+    for (i, b) in page.iter_mut().enumerate() {
+        *b = (i as u8).wrapping_mul(31) ^ seed;
+    }
+    page
+}
+
+fn resident(store: &Store) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let fd = store.memory().descriptor().try_clone_to_owned().expect("a descriptor");
+    std::fs::File::from(fd).metadata().expect("metadata").blocks() * 512
+}
+
+#[test]
+fn a_reader_sees_what_was_written() {
+    let store = Store::create(NodeId(3), 4 << 20).expect("a store");
+    let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
+    for n in 0..10u8 {
+        builder.push(0x1000 * u64::from(n + 1), &page(n)).expect("room");
+    }
+    builder.push(0x100_0000, &page(3)).expect("room");
+    let snapshot = builder.finish().expect("room");
+    assert_eq!(snapshot.page_at(0x3000), Some(2));
+    assert_eq!(snapshot.page_at(0x3fff), Some(2));
+    assert_eq!(snapshot.page_at(0xb000), None);
+    assert_eq!(snapshot.page_at(0), None);
+    assert_eq!(snapshot.page_at(0x100_0000), Some(10));
+    assert_eq!(snapshot.slot(10), snapshot.slot(3), "equal content is stored once");
+    assert_eq!(store.equal_page(DOMAIN, &page(5)).map(|p| p.page), Some(5));
+    assert_eq!(store.equal_page(DomainId(2), &page(5)), None, "domains are apart");
+
+    let image = store.put_image(&[b"head", b"tail"], &[snapshot.id()]).expect("room");
+    let fd = store.memory().descriptor().as_fd().try_clone_to_owned().expect("a descriptor");
+    let view = View::open(fd).expect("maps");
+    assert_eq!(&view.bytes(image.extent())[..8], b"headtail");
+    let record = SnapshotRecord::parse(view.bytes(snapshot.record())).expect("a record");
+    assert_eq!((record.id(), record.pages()), (snapshot.id(), 11));
+    for n in 0..10u8 {
+        let slot = record.slot(u32::from(n)).expect("a slot");
+        assert_eq!(view.page(slot), &page(n));
+    }
+    assert_eq!(record.slot(11), None);
+    store.remove_image(image);
+}
+
+#[test]
+fn a_snapshot_stays_while_an_image_refers_to_it() {
+    let store = Store::create(NodeId(0), 1 << 20).expect("a store");
+    let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
+    builder.push(0, &page(1)).expect("room");
+    let snapshot = builder.finish().expect("room");
+    let id = snapshot.id();
+    let image = store.put_image(&[b"x"], &[id]).expect("room");
+    drop(snapshot);
+    assert!(store.retire_snapshot(id));
+    assert!(store.snapshot(id).is_none(), "a retired snapshot takes no new references");
+    assert!(store.usage().snapshots > 0);
+    store.remove_image(image);
+    assert_eq!(store.usage().snapshots + store.usage().images, 0);
+    assert_eq!(resident(&store), 0, "the host has its memory back");
+    let missing = store.put_image(&[b"x"], &[id]);
+    assert!(matches!(missing, Err(StoreError::NoSnapshot(gone)) if gone == id));
+}
+
+#[test]
+fn a_full_store_refuses_and_leaks_nothing() {
+    let store = Store::create(NodeId(0), 8 * PAGE_SIZE as u64).expect("a store");
+    let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
+    for n in 0..8u8 {
+        builder.push(u64::from(n) << 12, &page(n)).expect("room");
+    }
+    assert!(matches!(builder.push(8 << 12, &page(9)), Err(StoreError::Full(_))));
+    assert!(builder.push(9 << 12, &page(1)).is_ok(), "known content needs no room");
+    assert!(matches!(builder.finish(), Err(StoreError::Full(_))), "no room for the table");
+    assert_eq!(store.usage().snapshots, 0);
+    assert_eq!(resident(&store), 0);
+}
+
+proptest! {
+    /// Snapshots and images come and go in any order: what is left at the end is nothing, and
+    /// what is there has the content that was put in.
+    #[test]
+    fn everything_is_given_back(ops in proptest::collection::vec((0u8..4, any::<u8>(), 1usize..12), 1..60)) {
+        let store = Store::create(NodeId(0), 1 << 20).expect("a store");
+        let mut snapshots = Vec::new();
+        let mut images = Vec::new();
+        for (kind, seed, n) in ops {
+            match kind {
+                0 => {
+                    let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
+                    let mut contents = Vec::new();
+                    for i in 0..n {
+                        let content = page(seed.wrapping_add(i as u8) & 0x1f);
+                        if builder.push((i as u64) << 12, &content).is_ok() {
+                            contents.push(content);
+                        }
+                    }
+                    if seed & 1 == 0 && let Ok(snapshot) = builder.finish() {
+                        snapshots.push((snapshot.id(), contents));
+                    }
+                }
+                1 => {
+                    let refers: Vec<_> = snapshots.iter().take(n).map(|(id, _)| *id).collect();
+                    images.extend(store.put_image(&[&vec![seed; n * 1000]], &refers).ok());
+                }
+                2 if !images.is_empty() => {
+                    store.remove_image(images.swap_remove(n % images.len()));
+                }
+                3 if !snapshots.is_empty() => {
+                    let (id, _) = snapshots.swap_remove(n % snapshots.len());
+                    store.retire_snapshot(id);
+                }
+                _ => {}
+            }
+            for (id, contents) in &snapshots {
+                let snapshot = store.snapshot(*id).expect("it is not retired");
+                for (i, content) in contents.iter().enumerate() {
+                    prop_assert_eq!(store.page(&snapshot, i as u32), Some(content));
+                }
+            }
+            let used = store.usage();
+            prop_assert_eq!(used.snapshots + used.images, resident(&store));
+        }
+        for image in images {
+            store.remove_image(image);
+        }
+        for (id, _) in snapshots {
+            store.retire_snapshot(id);
+        }
+        prop_assert_eq!(store.usage().snapshots + store.usage().images, 0);
+        prop_assert_eq!(resident(&store), 0);
+    }
+}
