@@ -1,1 +1,3 @@
 //! The dedup agent: the dedup and restore operations.
+
+pub mod image;
