@@ -28,7 +28,7 @@ def _words():
 
 WORDS = _words()
 # Which words speak for a good review (positive) or a bad one (negative).
-LEANING = np.random.default_rng(7).normal(0, 0.3, size=len(WORDS))
+LEANING = np.random.default_rng(7).normal(0, 0.6, size=len(WORDS))
 
 
 def generate(rng, count):
