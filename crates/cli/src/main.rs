@@ -1,3 +1,107 @@
-//! The medes command.
+//! The `medes` command: the platform and everything an operator does with it.
 
-fn main() {}
+#![forbid(unsafe_code)]
+
+mod client;
+mod commands;
+mod config;
+mod demo;
+mod doctor;
+mod failure;
+mod output;
+mod runtime_install;
+mod serve;
+mod units;
+mod wire;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use commands::Global;
+use commands::state::{DedupCommand, Operation, Target};
+use failure::{EXIT_CODES, Outcome};
+
+/// A serverless platform that deduplicates idle sandboxes in place.
+#[derive(Debug, Parser)]
+#[command(name = "medes", version, after_help = EXIT_CODES, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(ServeCommand),
+    Config(commands::config::ConfigCommand),
+    Deploy(commands::deploy::DeployCommand),
+    Invoke(commands::invoke::InvokeCommand),
+    #[command(visible_alias = "ls")]
+    Functions(commands::functions::FunctionsCommand),
+    Ps(commands::ps::PsCommand),
+    Logs(commands::logs::LogsCommand),
+    Rm(commands::functions::RemoveCommand),
+    Dedup(DedupCommand),
+    /// Bring dedup sandboxes back to warm now.
+    Restore(Target),
+    /// End sandboxes now; a running one only if it is named.
+    Purge(Target),
+    Runtime(commands::runtime::RuntimeCommand),
+    Doctor(doctor::DoctorCommand),
+    Demo(demo::DemoCommand),
+    Version(commands::version::VersionCommand),
+}
+
+/// Run the platform: controller, node and HTTP API in one process.
+#[derive(Debug, Args)]
+struct ServeCommand {}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command, &cli.global) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(command: Command, global: &Global) -> Outcome {
+    match command {
+        Command::Serve(ServeCommand {}) => serve(global),
+        Command::Config(c) => c.run(global),
+        Command::Deploy(c) => c.run(global),
+        Command::Invoke(c) => c.run(global),
+        Command::Functions(c) => c.run(global),
+        Command::Ps(c) => c.run(global),
+        Command::Logs(c) => c.run(global),
+        Command::Rm(c) => c.run(global),
+        Command::Dedup(c) => c.run(global),
+        Command::Restore(t) => t.run(global, Operation::Restore),
+        Command::Purge(t) => t.run(global, Operation::Purge),
+        Command::Runtime(c) => c.run(global),
+        Command::Doctor(c) => c.run(global),
+        Command::Demo(c) => c.run(),
+        Command::Version(c) => c.run(global),
+    }
+}
+
+fn serve(global: &Global) -> Outcome {
+    let (mut config, _) = global.load_config()?;
+    match global.verbose {
+        0 => {}
+        1 => config.log.level = "debug".to_owned(),
+        _ => config.log.level = "trace".to_owned(),
+    }
+    Ok(serve::run(config)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,58 @@
+//! The commands, one module per group, and what they have in common.
+
+pub mod config;
+pub mod deploy;
+pub mod functions;
+pub mod invoke;
+pub mod logs;
+pub mod ps;
+pub mod runtime;
+pub mod state;
+pub mod version;
+
+use std::path::PathBuf;
+
+use clap::Args;
+use medes_core::FunctionName;
+
+use crate::client::{Client, DEFAULT_URL};
+use crate::config::Config;
+use crate::failure::Failure;
+
+/// What every command is given.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub struct Global {
+    /// The platform's URL.
+    #[arg(long, global = true, env = "MEDES_URL", default_value = DEFAULT_URL, value_name = "URL")]
+    pub url: String,
+    /// The configuration file [default: /etc/medes/medes.toml if it exists].
+    #[arg(long, global = true, env = "MEDES_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Say more on standard error; twice for even more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+impl Global {
+    /// A client for the platform.
+    ///
+    /// # Errors
+    /// A usage failure if the URL is none.
+    pub fn client(&self) -> Result<Client, Failure> {
+        Ok(Client::new(&self.url)?)
+    }
+
+    /// The configuration, and the file that it came from.
+    ///
+    /// # Errors
+    /// A usage failure if the file can't be used.
+    pub fn load_config(&self) -> Result<(Config, Option<PathBuf>), Failure> {
+        Ok(Config::load(self.config.as_deref())?)
+    }
+}
+
+/// For clap: a function's name.
+pub fn function_name(s: &str) -> Result<FunctionName, String> {
+    s.parse::<FunctionName>().map_err(|e| e.to_string())
+}

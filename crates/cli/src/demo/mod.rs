@@ -1,0 +1,207 @@
+//! `medes demo`: a private platform, real functions, every state, every answer checked.
+
+mod example;
+mod measure;
+mod platform;
+mod report;
+mod view;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::Value;
+
+use crate::failure::{Failure, Outcome};
+use crate::output::print;
+use crate::runtime_install::{identify, install};
+use crate::units::Period;
+use example::{Example, Manifest, Places};
+use measure::{Cases, Measurement, Plan};
+use platform::{Platform, Settings};
+use report::{FunctionReport, Machine, Report};
+use view::View;
+
+/// Show it all: start a private platform, run example functions through cold, warm and dedup
+/// states, check every answer, and print what it costs and saves. Needs root.
+#[derive(Debug, Args)]
+pub struct DemoCommand {
+    /// All ten example functions, not just four small ones.
+    #[arg(long, conflicts_with = "functions")]
+    all: bool,
+    /// Only these example functions.
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    functions: Vec<String>,
+    /// Sandboxes per function.
+    #[arg(long, value_name = "N", default_value_t = 4,
+          value_parser = clap::value_parser!(u16).range(1..=256))]
+    sandboxes: u16,
+    /// How many times they are deduplicated and called again.
+    #[arg(long, value_name = "N", default_value_t = 12,
+          value_parser = clap::value_parser!(u16).range(1..))]
+    cycles: u16,
+    /// The idle period after which sandboxes are deduplicated.
+    #[arg(long, value_name = "DURATION", default_value = "2s")]
+    idle: Period,
+    /// Write the results as JSON too; `-` for standard output, instead of the table.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Keep the platform's directory (logs, configuration) for a look at it.
+    #[arg(long)]
+    keep: bool,
+    /// Where that directory is made [default: the system's temporary directory].
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// The Python interpreter that the functions run on.
+    #[arg(long, value_name = "PATH", default_value = "python3")]
+    python: PathBuf,
+    /// The directory with the example functions.
+    #[arg(long, value_name = "DIR", default_value = "examples/functions")]
+    examples: PathBuf,
+    /// The directory with their layers [default: .cache/layers/<Python version>].
+    #[arg(long, value_name = "DIR")]
+    layers: Option<PathBuf>,
+    /// The directory with installed runtimes; the one that is needed is installed if missing.
+    #[arg(long, value_name = "DIR", default_value = ".cache/runtimes")]
+    runtimes: PathBuf,
+}
+
+impl DemoCommand {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// If an answer was wrong, a kind of start never happened, or the platform failed.
+    pub fn run(self) -> Outcome {
+        if !nix::unistd::geteuid().is_root() {
+            let message = "the demo starts a platform, which needs root; run it with sudo";
+            return Err(Failure::Platform(message.into()));
+        }
+        let report = self.measure()?;
+        self.publish(&report)?;
+        let problems = report.problems();
+        for problem in &problems {
+            eprintln!("medes: {problem}");
+        }
+        if report.wrong() > 0 {
+            return Err(Failure::Function);
+        }
+        if problems.is_empty() {
+            return Ok(());
+        }
+        Err(Failure::Platform("the demo did not run as it should".into()))
+    }
+
+    fn measure(&self) -> Result<Report> {
+        let view = View::new();
+        let (runtime, python) = identify(&self.python)?;
+        let version = runtime.trim_start_matches("python").to_owned();
+        let examples = self.examples.canonicalize().with_context(|| {
+            format!(
+                "{}; run the demo from the repository, or use --examples",
+                self.examples.display()
+            )
+        })?;
+        let layers = self.layers.clone();
+        let layers = layers.unwrap_or_else(|| PathBuf::from(".cache/layers").join(version));
+        let places = Places { examples, layers, python, runtime };
+        let manifest = Manifest::read(&places.examples)?;
+        let functions = manifest.choose(&self.functions, self.all)?;
+        let deployments = functions
+            .iter()
+            .map(|f| manifest.deployment(f, &places))
+            .collect::<Result<Vec<_>>>()?;
+
+        let runtime = install(&places.runtime, Some(&places.python), &self.runtimes)?;
+        if !runtime.already {
+            view.say(&format!("installed runtime {}", runtime.record.name));
+        }
+        let plan = Plan {
+            sandboxes: self.sandboxes.into(),
+            cycles: self.cycles.into(),
+            idle: self.idle.0,
+        };
+        let requests = plan.singles() + plan.concurrent();
+        view.say(&format!("computing the right answers to {requests} requests per function"));
+        let cases = all_cases(&functions, &places, plan)?;
+
+        let runtimes = self.runtimes.canonicalize()?;
+        let mut platform = Platform::start(&Settings {
+            parent: self.dir.as_deref(),
+            runtimes: &runtimes,
+            idle: self.idle,
+            keep: self.keep,
+        })?;
+        let client = platform.client().clone();
+        view.say(&format!(
+            "platform at {}, {} sandboxes per function, deduplicated after {} idle",
+            client.url(),
+            self.sandboxes,
+            self.idle
+        ));
+        for (function, deployment) in functions.iter().zip(&deployments) {
+            client.put::<Value>(&format!("/v1/functions/{}", function.name), deployment)?;
+        }
+        let mut lines: Vec<_> =
+            functions.iter().map(|f| view.line(f.name.as_str(), requests)).collect();
+        let mut reports: Vec<FunctionReport> = Vec::new();
+        for ((function, cases), line) in functions.iter().zip(&cases).zip(&mut lines) {
+            let interrupted = || platform.interrupted();
+            let measurement = Measurement::new(&client, function, cases, plan, line, &interrupted);
+            reports.push(measurement.run());
+            if platform.interrupted() || platform.has_ended() {
+                break;
+            }
+        }
+        if platform.interrupted() {
+            drop(platform);
+            anyhow::bail!("interrupted");
+        }
+        if platform.has_ended() {
+            anyhow::bail!("the platform ended before the demo:\n{}", platform.log_tail());
+        }
+        let directory = platform.directory().to_owned();
+        platform.stop()?;
+        if self.keep {
+            view.say(&format!("kept {}", directory.display()));
+        }
+        Ok(Report {
+            functions: reports,
+            sandboxes: plan.sandboxes,
+            cycles: plan.cycles,
+            machine: Machine::this(),
+            date: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            version: env!("CARGO_PKG_VERSION"),
+        })
+    }
+
+    fn publish(&self, report: &Report) -> Result<()> {
+        let text = serde_json::to_string_pretty(report)? + "\n";
+        match &self.json {
+            Some(file) if file.as_os_str() == "-" => print(&text),
+            Some(file) => {
+                std::fs::write(file, text).with_context(|| file.display().to_string())?;
+                print(&format!("\n{}", report.table()));
+            }
+            None => print(&format!("\n{}", report.table())),
+        }
+        Ok(())
+    }
+}
+
+/// The requests for every function with the right answers, computed side by side.
+fn all_cases(functions: &[Example], places: &Places, plan: Plan) -> Result<Vec<Cases>> {
+    let of = |f: &Example| {
+        let mut events = f.plain_events(plan.singles());
+        events.extend(f.mixed_events(plan.concurrent()));
+        let mut plain = f.cases(places, &events)?;
+        let mixed = plain.split_off(plan.singles());
+        Ok(Cases { plain, mixed })
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = functions.iter().map(|f| scope.spawn(move || of(f))).collect();
+        threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked"))))
+            .collect()
+    })
+}

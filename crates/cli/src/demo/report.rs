@@ -1,0 +1,289 @@
+//! What the demo found out: percentiles, the table and the JSON document.
+
+use medes_core::{FunctionName, StartKind};
+use serde::Serialize;
+
+use crate::output::{percent, table};
+
+/// Percentiles of latencies, milliseconds.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct Percentiles {
+    /// Half of the requests took no longer.
+    pub p50: f64,
+    /// Nine tenths took no longer.
+    pub p90: f64,
+    /// 99 of a hundred took no longer.
+    pub p99: f64,
+    /// How many requests were measured.
+    pub samples: usize,
+}
+
+impl Percentiles {
+    /// Percentiles by nearest rank: each is a latency that was measured. `None` without any.
+    pub fn of(latencies_ms: &[f64]) -> Option<Self> {
+        let mut sorted = latencies_ms.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let last = sorted.len().checked_sub(1)?;
+        let rank = |q: f64| {
+            let rank = (q * sorted.len() as f64).ceil() as usize;
+            sorted[rank.saturating_sub(1).min(last)]
+        };
+        Some(Self { p50: rank(0.5), p90: rank(0.9), p99: rank(0.99), samples: sorted.len() })
+    }
+}
+
+/// How many requests found their sandbox in which state.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Starts {
+    /// None was free.
+    pub cold: usize,
+    /// All its memory was there.
+    pub warm: usize,
+    /// It was restored.
+    pub dedup: usize,
+}
+
+impl Starts {
+    /// Counts one.
+    pub fn add(&mut self, kind: StartKind) {
+        match kind {
+            StartKind::Cold => self.cold += 1,
+            StartKind::Warm => self.warm += 1,
+            StartKind::Dedup => self.dedup += 1,
+        }
+    }
+}
+
+/// What was measured of one function.
+#[derive(Clone, Debug, Serialize)]
+pub struct FunctionReport {
+    /// Its name.
+    pub name: FunctionName,
+    /// Whole requests that started a sandbox, as the client sees them, one at a time.
+    pub cold_ms: Option<Percentiles>,
+    /// Whole requests to a warm sandbox, likewise.
+    pub warm_ms: Option<Percentiles>,
+    /// Whole requests to a dedup sandbox, likewise.
+    pub dedup_ms: Option<Percentiles>,
+    /// Memory of a warm sandbox, mean.
+    pub warm_bytes: u64,
+    /// Memory that remains for a dedup sandbox, mean; base snapshots apart.
+    pub dedup_bytes: u64,
+    /// Base snapshots that the function added to the page store.
+    pub base_bytes: u64,
+    /// The share of a warm sandbox's memory that dedup saves.
+    pub saved: f64,
+    /// The same when the base snapshots are shared out among the function's sandboxes.
+    pub saved_with_base: f64,
+    /// The function's sandboxes.
+    pub sandboxes: usize,
+    /// All requests by the state in which they found their sandbox, concurrent ones too.
+    pub starts: Starts,
+    /// Answers that were compared with the right ones.
+    pub answers_checked: usize,
+    /// Of those, answers that were not right.
+    pub answers_wrong: usize,
+    /// The first wrong answer, or what else went wrong.
+    pub problem: Option<String>,
+}
+
+impl FunctionReport {
+    /// A report with nothing in it yet.
+    pub fn new(name: FunctionName, sandboxes: usize) -> Self {
+        Self {
+            name,
+            cold_ms: None,
+            warm_ms: None,
+            dedup_ms: None,
+            warm_bytes: 0,
+            dedup_bytes: 0,
+            base_bytes: 0,
+            saved: 0.0,
+            saved_with_base: 0.0,
+            sandboxes,
+            starts: Starts::default(),
+            answers_checked: 0,
+            answers_wrong: 0,
+            problem: None,
+        }
+    }
+
+    /// Sets the memory figures.
+    pub fn set_memory(&mut self, warm: u64, dedup: u64, base: u64) {
+        self.warm_bytes = warm;
+        self.dedup_bytes = dedup;
+        self.base_bytes = base;
+        if warm == 0 {
+            return;
+        }
+        let share = base as f64 / self.sandboxes.max(1) as f64;
+        self.saved = 1.0 - dedup as f64 / warm as f64;
+        self.saved_with_base = 1.0 - (dedup as f64 + share) / warm as f64;
+    }
+
+    /// The kinds of start that were never measured.
+    pub fn missing(&self) -> Vec<StartKind> {
+        [
+            (StartKind::Cold, self.cold_ms),
+            (StartKind::Warm, self.warm_ms),
+            (StartKind::Dedup, self.dedup_ms),
+        ]
+        .into_iter()
+        .filter_map(|(kind, p)| p.is_none().then_some(kind))
+        .collect()
+    }
+}
+
+/// The machine that it was measured on.
+#[derive(Clone, Debug, Serialize)]
+pub struct Machine {
+    /// The processor's name.
+    pub cpu: String,
+    /// Processors that may be used.
+    pub cpus: usize,
+    /// Memory.
+    pub memory_bytes: u64,
+    /// The kernel's release.
+    pub kernel: String,
+}
+
+impl Machine {
+    /// This machine.
+    pub fn this() -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let cpu = read("/proc/cpuinfo")
+            .lines()
+            .find_map(|l| l.strip_prefix("model name"))
+            .map_or("unknown", |l| l.trim_start_matches([' ', '\t', ':']))
+            .to_owned();
+        Self {
+            cpu,
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            memory_bytes: crate::doctor::machine_memory().0,
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        }
+    }
+}
+
+/// The whole document.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// What was measured of each function.
+    pub functions: Vec<FunctionReport>,
+    /// Sandboxes per function.
+    pub sandboxes: usize,
+    /// Times that they were deduplicated and called again.
+    pub cycles: usize,
+    /// The machine.
+    pub machine: Machine,
+    /// When it was measured.
+    pub date: String,
+    /// The version of Medes.
+    pub version: &'static str,
+}
+
+impl Report {
+    /// Wrong answers in all.
+    pub fn wrong(&self) -> usize {
+        self.functions.iter().map(|f| f.answers_wrong).sum()
+    }
+
+    /// What went wrong, one line each.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        for f in &self.functions {
+            if let Some(problem) = &f.problem {
+                problems.push(format!("{}: {problem}", f.name));
+            } else {
+                problems.extend(
+                    f.missing().iter().map(|kind| format!("{}: no {kind} start at all", f.name)),
+                );
+            }
+        }
+        problems
+    }
+
+    /// The table for people.
+    pub fn table(&self) -> String {
+        let ms = |p: Option<Percentiles>| p.map_or_else(|| "-".into(), |p| format!("{:.1}", p.p50));
+        let mb = |n: u64| format!("{:.1}", n as f64 / 1e6);
+        let mut out = table(
+            &[
+                "FUNCTION",
+                ">COLD ms",
+                ">WARM ms",
+                ">DEDUP ms",
+                ">WARM MB",
+                ">DEDUP MB",
+                ">SAVED",
+                ">BASE MB",
+                ">SAVED+BASE",
+                ">ANSWERS",
+                ">WRONG",
+            ],
+            self.functions.iter().map(|f| {
+                vec![
+                    f.name.to_string(),
+                    ms(f.cold_ms),
+                    ms(f.warm_ms),
+                    ms(f.dedup_ms),
+                    mb(f.warm_bytes),
+                    mb(f.dedup_bytes),
+                    percent(f.saved),
+                    mb(f.base_bytes),
+                    percent(f.saved_with_base),
+                    f.answers_checked.to_string(),
+                    f.answers_wrong.to_string(),
+                ]
+            }),
+        );
+        out.push_str(&format!(
+            "\nms: median of whole requests over HTTP, by the state in which they found their \
+             sandbox.\nMB: memory charged to one sandbox (mean of {}). BASE: the function's base \
+             snapshots, which all its\nsandboxes share; SAVED+BASE shares them out among {}.\n",
+            self.sandboxes, self.sandboxes
+        ));
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_latencies_that_were_measured() {
+        assert_eq!(Percentiles::of(&[]), None);
+        let one = Percentiles::of(&[3.0]).unwrap();
+        assert_eq!((one.p50, one.p90, one.p99), (3.0, 3.0, 3.0));
+        let hundred: Vec<_> = (1..=100).rev().map(f64::from).collect();
+        let p = Percentiles::of(&hundred).unwrap();
+        assert_eq!((p.p50, p.p90, p.p99, p.samples), (50.0, 90.0, 99.0, 100));
+    }
+
+    #[test]
+    fn savings_count_the_base_once_for_all_sandboxes() {
+        let mut f = FunctionReport::new("a".parse().unwrap(), 4);
+        f.set_memory(20_000_000, 1_000_000, 16_000_000);
+        assert!((f.saved - 0.95).abs() < 1e-9);
+        assert!((f.saved_with_base - 0.75).abs() < 1e-9);
+        f.set_memory(0, 0, 0);
+        assert!(f.saved.is_finite());
+    }
+
+    #[test]
+    fn a_kind_that_never_happened_is_a_problem() {
+        let mut f = FunctionReport::new("a".parse().unwrap(), 1);
+        f.cold_ms = Percentiles::of(&[1.0]);
+        f.warm_ms = Percentiles::of(&[1.0]);
+        let report = Report {
+            functions: vec![f],
+            sandboxes: 1,
+            cycles: 1,
+            machine: Machine::this(),
+            date: String::new(),
+            version: "",
+        };
+        assert_eq!(report.problems(), ["a: no dedup start at all"]);
+    }
+}

@@ -1,0 +1,299 @@
+//! What the kernel offers.
+
+use std::path::Path;
+
+use nix::unistd::geteuid;
+
+use super::Verdict::{Fail, Note, Warn};
+use super::{Check, read, read_number};
+
+/// The oldest kernel that the platform runs on.
+const OLDEST: (u32, u32) = (5, 15);
+
+/// All checks of this module.
+pub fn checks() -> Vec<Check> {
+    vec![
+        root(),
+        release(),
+        architecture(),
+        userfaultfd(),
+        ptrace(),
+        freezer(),
+        controllers(),
+        namespaces(),
+        overlay(),
+        seccomp(),
+        ksm(),
+        zswap(),
+        zram(),
+        pressure(),
+    ]
+}
+
+fn root() -> Check {
+    let uid = geteuid();
+    if uid.is_root() {
+        return Check::ok("root", "running as root");
+    }
+    Check::not(
+        Fail,
+        "root",
+        format!("running as uid {uid}"),
+        "sandboxes, ptrace and userfaultfd of other users' processes need root",
+        "run `medes serve` as root (sudo)",
+    )
+}
+
+/// Major and minor number of a kernel release such as `6.1.0-28-amd64`.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut parts = release.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+fn release() -> Check {
+    let found = read("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".to_owned());
+    match version(&found) {
+        Some(v) if v >= (6, 7) => Check::ok("kernel", found),
+        Some(v) if v >= OLDEST => Check::not(
+            Warn,
+            "kernel",
+            found,
+            "no PAGEMAP_SCAN (6.7): finding a sandbox's pages takes longer",
+            "use Linux 6.7 or newer",
+        ),
+        _ => Check::not(
+            Fail,
+            "kernel",
+            found,
+            "too old: the platform relies on calls of Linux 5.15",
+            "use Linux 5.15 or newer, best 6.7 or newer",
+        ),
+    }
+}
+
+fn architecture() -> Check {
+    let found = std::env::consts::ARCH;
+    if found == "x86_64" {
+        return Check::ok("architecture", found);
+    }
+    Check::not(
+        Fail,
+        "architecture",
+        found,
+        "system calls are injected into sandboxes with x86-64's registers",
+        "use an x86-64 machine",
+    )
+}
+
+fn userfaultfd() -> Check {
+    let device = Path::new("/dev/userfaultfd").exists();
+    // The parameter exists exactly when the system call was built in.
+    let call = Path::new("/proc/sys/vm/unprivileged_userfaultfd").exists();
+    match (call, device) {
+        (_, true) => Check::ok("userfaultfd", "/dev/userfaultfd"),
+        (true, false) => Check::not(
+            Warn,
+            "userfaultfd",
+            "the system call, no /dev/userfaultfd",
+            "an unprivileged process can't be handed a userfaultfd through the device (6.1)",
+            "use Linux 6.1 or newer, or in a container: --device /dev/userfaultfd",
+        ),
+        (false, false) => Check::not(
+            Fail,
+            "userfaultfd",
+            "not in this kernel",
+            "dropped memory could not be put back: no dedup",
+            "use a kernel with CONFIG_USERFAULTFD",
+        ),
+    }
+}
+
+fn ptrace() -> Check {
+    match read_number("/proc/sys/kernel/yama/ptrace_scope") {
+        Some(3) => Check::not(
+            Fail,
+            "ptrace",
+            "switched off (Yama scope 3)",
+            "sandboxes can't be seized: no dedup",
+            "boot with kernel.yama.ptrace_scope below 3; it can't be lowered at run time",
+        ),
+        Some(scope) => Check::ok("ptrace", format!("allowed for root (Yama scope {scope})")),
+        None => Check::ok("ptrace", "allowed"),
+    }
+}
+
+/// Mount points of a kind of file system, with their options.
+fn mounts_of(kind: &str) -> Vec<(String, String)> {
+    let Some(table) = read("/proc/self/mounts") else { return Vec::new() };
+    table
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            let (point, found, options) = (fields.next()?, fields.next()?, fields.next()?);
+            (found == kind).then(|| (point.to_owned(), options.to_owned()))
+        })
+        .collect()
+}
+
+fn freezer() -> Check {
+    match mounts_of("cgroup2").first() {
+        Some((point, _)) => Check::ok("freezer", format!("cgroup v2 at {point}")),
+        None => Check::not(
+            Fail,
+            "freezer",
+            "no cgroup v2 hierarchy is mounted",
+            "sandboxes are frozen and killed through cgroup v2 (it needs no controllers)",
+            "mount -t cgroup2 none /sys/fs/cgroup/unified, or boot with \
+             systemd.unified_cgroup_hierarchy=1",
+        ),
+    }
+}
+
+fn controllers() -> Check {
+    const WANTED: [&str; 3] = ["memory", "pids", "cpu"];
+    let v2 = mounts_of("cgroup2")
+        .first()
+        .and_then(|(point, _)| read(&format!("{point}/cgroup.controllers")))
+        .unwrap_or_default();
+    let v2: Vec<_> = v2.split_whitespace().collect();
+    let v1 = mounts_of("cgroup");
+    let mut places = Vec::new();
+    let mut missing = Vec::new();
+    for wanted in WANTED {
+        if v2.contains(&wanted) {
+            places.push(format!("{wanted} (v2)"));
+        } else if v1.iter().any(|(_, options)| options.split(',').any(|o| o == wanted)) {
+            places.push(format!("{wanted} (v1)"));
+        } else {
+            missing.push(wanted);
+        }
+    }
+    if missing.is_empty() {
+        return Check::ok("limits", places.join(", "));
+    }
+    let verdict = if missing.contains(&"memory") { Fail } else { Warn };
+    Check::not(
+        verdict,
+        "limits",
+        format!("no cgroup controller for {}", missing.join(", ")),
+        "sandboxes can't be limited in that, nor be charged for it",
+        "enable the controller (kernel command line: cgroup_enable=memory), or delegate it to \
+         this container",
+    )
+}
+
+fn namespaces() -> Check {
+    let missing: Vec<_> = ["user", "mnt", "pid", "net", "ipc", "uts", "cgroup"]
+        .into_iter()
+        .filter(|n| !Path::new("/proc/self/ns").join(n).exists())
+        .collect();
+    if !missing.is_empty() {
+        return Check::not(
+            Fail,
+            "namespaces",
+            format!("this kernel has no {}", missing.join(", ")),
+            "sandboxes can't be isolated",
+            "use a kernel with all namespaces (CONFIG_*_NS)",
+        );
+    }
+    match read_number("/proc/sys/user/max_user_namespaces") {
+        Some(n) if n < 1024 => Check::not(
+            if n == 0 { Fail } else { Warn },
+            "namespaces",
+            format!("user.max_user_namespaces is {n}"),
+            "each sandbox has a user namespace of its own",
+            "sysctl -w user.max_user_namespaces=65536",
+        ),
+        Some(n) => Check::ok("namespaces", format!("all kinds, {n} user namespaces at most")),
+        None => Check::ok("namespaces", "all kinds"),
+    }
+}
+
+fn overlay() -> Check {
+    let known = read("/proc/filesystems")
+        .is_some_and(|list| list.lines().any(|l| l.split_whitespace().last() == Some("overlay")));
+    if known {
+        return Check::ok("overlayfs", "in the kernel");
+    }
+    Check::not(
+        Warn,
+        "overlayfs",
+        "not loaded",
+        "a function with more than one layer needs it to merge them",
+        "modprobe overlay",
+    )
+}
+
+fn seccomp() -> Check {
+    match read("/proc/sys/kernel/seccomp/actions_avail") {
+        Some(actions) if actions.split_whitespace().any(|a| a == "errno") => {
+            Check::ok("seccomp", "filters")
+        }
+        _ => Check::not(
+            Fail,
+            "seccomp",
+            "no filters",
+            "sandboxes would reach the whole system-call interface",
+            "use a kernel with CONFIG_SECCOMP_FILTER",
+        ),
+    }
+}
+
+fn ksm() -> Check {
+    match read("/sys/kernel/mm/ksm/run").as_deref() {
+        Some("1") => Check::not(
+            Warn,
+            "KSM",
+            "running",
+            "it merges some of the same pages, so that memory figures are hard to compare, and \
+             costs CPU time",
+            "echo 0 > /sys/kernel/mm/ksm/run, unless other programs need it",
+        ),
+        Some(_) => Check::ok("KSM", "present, not running"),
+        None => Check::not(Note, "KSM", "not in this kernel", "", ""),
+    }
+}
+
+fn zswap() -> Check {
+    match read("/sys/module/zswap/parameters/enabled").as_deref() {
+        Some("Y") => {
+            let compressor = read("/sys/module/zswap/parameters/compressor").unwrap_or_default();
+            Check::ok("zswap", format!("on ({compressor})"))
+        }
+        Some(_) => Check::ok("zswap", "present, off"),
+        None => Check::not(Note, "zswap", "not in this kernel", "", ""),
+    }
+}
+
+fn zram() -> Check {
+    if Path::new("/sys/class/zram-control").exists() || Path::new("/dev/zram0").exists() {
+        let swap = read("/proc/swaps").is_some_and(|s| s.contains("/dev/zram"));
+        return Check::ok("zram", if swap { "in use as swap" } else { "present, unused" });
+    }
+    Check::not(Note, "zram", "not loaded", "", "")
+}
+
+fn pressure() -> Check {
+    if Path::new("/proc/pressure/memory").exists() {
+        return Check::ok("pressure", "stall information (PSI)");
+    }
+    Check::not(Note, "pressure", "no stall information (PSI)", "", "boot with psi=1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::version;
+
+    #[test]
+    fn releases_of_distributions_are_understood() {
+        for (release, expected) in [
+            ("6.18.44-fc-v657", Some((6, 18))),
+            ("6.1.0-28-amd64", Some((6, 1))),
+            ("5.15.0-1063-aws", Some((5, 15))),
+            ("7.0", Some((7, 0))),
+            ("unknown", None),
+        ] {
+            assert_eq!(version(release), expected, "{release}");
+        }
+    }
+}
