@@ -1,0 +1,173 @@
+//! Choice of the patch that a page is kept as.
+
+use zstd::zstd_safe::{CCtx, CompressionLevel};
+
+use crate::delta::DeltaEncoder;
+use crate::patch::{MAX_PATCH_SIZE, ZSTD_MAGIC};
+use crate::relocation::Relocation;
+use crate::{Encoding, PAGE_SIZE, Page, is_zero, word_runs};
+
+/// Higher levels take longer and make the pages of real processes 1-2 % smaller.
+const LEVEL: CompressionLevel = 1;
+
+/// A patch of this size can't be improved enough to be worth the time of another try.
+const SMALL: usize = 64;
+
+/// Compression without the base is tried only if the best patch with it is larger: a base that is
+/// any good beats it.
+const POOR: usize = 512;
+
+/// What begins a dictionary with tables for zstd. A base page that looks like one is not used as a
+/// dictionary, because it would not be taken for raw content.
+const ZSTD_DICTIONARY_MAGIC: [u8; 4] = 0xec30_a437_u32.to_le_bytes();
+
+/// Bytes that a slower encoding has to save over word runs: about 64 for a microsecond of decoding.
+fn handicap(encoding: Encoding) -> usize {
+    match encoding {
+        Encoding::Delta => 48,
+        Encoding::Compressed => 128,
+        // Hardly smaller than without the base page means that the base page is of no use.
+        Encoding::DictCompressed => 160,
+        Encoding::Zero | Encoding::Equal | Encoding::WordRuns | Encoding::Raw => 0,
+    }
+}
+
+/// Turns pages into patches. Owns what encoding needs, so that nothing is allocated per page; use
+/// one per thread.
+pub struct Encoder {
+    zstd: CCtx<'static>,
+    delta: DeltaEncoder,
+    relocated: Box<Page>,
+    /// The patch being tried.
+    trial: Vec<u8>,
+    /// The best patch yet.
+    best: Vec<u8>,
+    /// A zstd frame, which has room to be larger than the page.
+    frame: Box<[u8; 2 * PAGE_SIZE]>,
+}
+
+impl Encoder {
+    /// An encoder.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            zstd: CCtx::create(),
+            delta: DeltaEncoder::new(),
+            relocated: Box::new([0; PAGE_SIZE]),
+            trial: Vec::with_capacity(2 * PAGE_SIZE),
+            best: Vec::with_capacity(2 * PAGE_SIZE),
+            frame: Box::new([0; 2 * PAGE_SIZE]),
+        }
+    }
+
+    /// Appends to `out` the patch that turns `base` into `page`, at most [`MAX_PATCH_SIZE`] bytes,
+    /// and tells how it is encoded.
+    ///
+    /// It is the smallest one found, but for what cheap decoding is worth. The expensive encodings
+    /// are tried only if the cheap ones leave enough to gain.
+    pub fn encode(&mut self, page: &Page, base: Option<&Page>, out: &mut Vec<u8>) -> Encoding {
+        if is_zero(page) {
+            out.push(Encoding::Zero.header(false));
+            return Encoding::Zero;
+        }
+        let mut best = Best { encoding: Encoding::Raw, cost: MAX_PATCH_SIZE };
+        if let Some(base) = base {
+            if page == base {
+                out.push(Encoding::Equal.header(false));
+                return Encoding::Equal;
+            }
+            self.encode_with_base(page, base, &mut best);
+        }
+        if best.cost > POOR {
+            self.trial.clear();
+            self.trial.push(Encoding::Compressed.header(false));
+            let compressed = self.zstd.compress(&mut self.frame[..], page, LEVEL);
+            if self.push_frame(compressed) {
+                self.consider(Encoding::Compressed, &mut best);
+            }
+        }
+        if best.encoding == Encoding::Raw {
+            out.push(Encoding::Raw.header(false));
+            out.extend_from_slice(page);
+        } else {
+            out.extend_from_slice(&self.best);
+        }
+        best.encoding
+    }
+
+    fn encode_with_base(&mut self, page: &Page, base: &Page, best: &mut Best) {
+        let relocation = Relocation::between(base, page);
+        let relocated = !relocation.is_identity();
+        if relocated {
+            relocation.apply(base, &mut self.relocated);
+        }
+        for encoding in [Encoding::WordRuns, Encoding::Delta, Encoding::DictCompressed] {
+            if best.cost <= SMALL + handicap(encoding) {
+                return;
+            }
+            let base = if relocated { &*self.relocated } else { base };
+            self.trial.clear();
+            self.trial.push(encoding.header(relocated));
+            if relocated {
+                relocation.write(&mut self.trial);
+            }
+            let limit = best.cost.saturating_sub(self.trial.len() + handicap(encoding));
+            let encoded = match encoding {
+                Encoding::WordRuns => {
+                    word_runs::encode(page, base, limit, &mut self.trial).is_some()
+                }
+                Encoding::Delta => self.delta.encode(page, base, limit, &mut self.trial).is_some(),
+                _ if base.starts_with(&ZSTD_DICTIONARY_MAGIC) => false,
+                _ => {
+                    let compressed =
+                        self.zstd.compress_using_dict(&mut self.frame[..], page, base, LEVEL);
+                    self.push_frame(compressed)
+                }
+            };
+            if encoded {
+                self.consider(encoding, best);
+            }
+        }
+    }
+
+    /// Appends the frame that zstd has written to the trial, unless it failed.
+    fn push_frame(&mut self, compressed: zstd::zstd_safe::SafeResult) -> bool {
+        let frame = compressed.ok().and_then(|len| self.frame.get(..len));
+        match frame.and_then(|frame| frame.strip_prefix(&ZSTD_MAGIC)) {
+            Some(frame) => {
+                self.trial.extend_from_slice(frame);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Makes the trial the best patch unless it is worse. Of equals the later one wins: the one that
+    /// needs no base page comes last.
+    fn consider(&mut self, encoding: Encoding, best: &mut Best) {
+        let cost = self.trial.len() + handicap(encoding);
+        if cost <= best.cost {
+            *best = Best { encoding, cost };
+            std::mem::swap(&mut self.best, &mut self.trial);
+        }
+    }
+}
+
+/// The best patch found yet.
+struct Best {
+    encoding: Encoding,
+    /// Its size and [`handicap`].
+    cost: usize,
+}
+
+impl Default for Encoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl std::fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Encoder").finish_non_exhaustive()
+    }
+}
