@@ -4,6 +4,8 @@ mod example;
 mod measure;
 mod platform;
 mod report;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::path::PathBuf;

@@ -1,0 +1,69 @@
+# Medes. On a fresh Debian 12 or 13 or Ubuntu 24.04, as root:
+#
+#   make demo      installs what is needed, builds, and shows it all
+#   make test      installs what is needed and runs all tests
+#
+# Settings, as in `make demo ARGS=--all PYTHON=/usr/bin/python3.12`:
+#
+#   PYTHON   the interpreter that the example functions run on: 3.11, 3.12 or
+#            3.13, with pip; the first of python3.13, python3.12, python3.11
+#            and python3 that is one of these
+#   ARGS     arguments for `medes demo`: --all, --functions a,b, --json FILE...
+#   PREFIX   where `make install` puts the command
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+PREFIX ?= /usr/local
+ARGS ?=
+# Evaluated where it is used, not here: `setup` may have to install it first.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { command -v "$$p"; break; }; done)
+# The four functions of the plain demo need only these layers.
+DEMO_LAYERS = $(if $(findstring --all,$(ARGS))$(findstring --functions,$(ARGS)),,numpy pillow web)
+
+.PHONY: demo test build lint install clean setup layers runtime
+
+demo: build
+	@python="$(PYTHON)"; scripts/build-layers --python "$$python" $(DEMO_LAYERS); \
+	target/release/medes demo --python "$$python" $(ARGS)
+
+# The runner comes last, so that its summary does.
+test: setup layers runtime
+	cd examples/functions && "$(PYTHON)" -m unittest
+	@if cargo nextest --version >/dev/null 2>&1; then \
+		MEDES_TEST_PYTHON="$(PYTHON)" cargo nextest run --workspace --locked; \
+	else \
+		MEDES_TEST_PYTHON="$(PYTHON)" cargo test --workspace --locked; \
+	fi
+
+build: setup
+	cargo build --release --locked --package medes
+
+lint: setup
+	@cargo fmt --version >/dev/null 2>&1 || rustup component add rustfmt
+	@cargo clippy --version >/dev/null 2>&1 || rustup component add clippy
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+install: build
+	install -D -m 755 target/release/medes "$(DESTDIR)$(PREFIX)/bin/medes"
+
+clean:
+	cargo clean
+	rm -rf .cache
+
+setup:
+	@scripts/setup
+
+layers: setup
+	@scripts/build-layers --python "$(PYTHON)"
+
+# What tests start functions with; the demo finds it there too.
+runtime: setup
+	@python="$(PYTHON)"; cargo run --quiet --locked --package medes -- runtime --dir .cache/runtimes \
+		install "$$("$$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')" \
+		--python "$$python"
