@@ -1,0 +1,269 @@
+//! The part of an operation between freezing and detaching, in the one order that is safe.
+//!
+//! A [`Session`] stops all processes of a group, thaws the group under them (see
+//! [`tracee`](crate::tracee) for why), lets calls be injected and pages be dropped, freezes the
+//! group again and lets go. A process whose pages were dropped runs no instruction in between
+//! and none afterwards, until the caller thaws the group; if that cannot be had, it is killed.
+
+use std::io;
+use std::ops::Range;
+
+use crate::drop::{self, DropError, Dropped};
+use crate::tracee::{InjectError, SeizeError, SeizeOptions, SeizedProcess, ThreadGroup};
+use crate::userfault::{CreateError, RegisterError, RegisterMode, UserFault, UserFaultOptions};
+
+/// A group of processes that can be frozen: a cgroup, in practice.
+pub trait Freezer {
+    /// Freezes the group and waits until it is frozen. Nothing happens if it is.
+    ///
+    /// # Errors
+    /// If it could not be frozen, or not in reasonable time.
+    fn freeze(&mut self) -> io::Result<()>;
+
+    /// Thaws the group. Nothing happens if it is not frozen.
+    ///
+    /// # Errors
+    /// If it could not be thawed.
+    fn thaw(&mut self) -> io::Result<()>;
+
+    /// The processes in the group.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    fn processes(&mut self) -> io::Result<Vec<i32>>;
+}
+
+impl<F: Freezer + ?Sized> Freezer for &mut F {
+    fn freeze(&mut self) -> io::Result<()> {
+        (**self).freeze()
+    }
+
+    fn thaw(&mut self) -> io::Result<()> {
+        (**self).thaw()
+    }
+
+    fn processes(&mut self) -> io::Result<Vec<i32>> {
+        (**self).processes()
+    }
+}
+
+/// Why a session failed.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// A process could not be seized.
+    #[error(transparent)]
+    Seize(#[from] SeizeError),
+    /// A process could not be led back to where it was.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// The group could not be frozen, thawed or listed.
+    #[error("{operation} the group of processes: {source}")]
+    Freezer {
+        /// What was tried.
+        operation: &'static str,
+        /// What it said.
+        source: io::Error,
+    },
+    /// Processes kept appearing in the frozen group.
+    #[error("processes keep entering the frozen group")]
+    Unstable,
+}
+
+/// Why memory could not be evicted. Registered ranges stay registered, dropped pages dropped;
+/// the caller has the content of every page and puts back what it was to drop.
+#[derive(Debug, thiserror::Error)]
+pub enum EvictError {
+    /// The process is not in this session.
+    #[error("process {0} is not part of this session")]
+    NoSuchProcess(i32),
+    /// Dropping failed.
+    #[error(transparent)]
+    Drop(#[from] DropError),
+}
+
+/// What to drop of one process.
+#[derive(Debug, Clone, Default)]
+pub struct Eviction {
+    /// Mappings to register, each wholly. Ranges registered already are left out of it.
+    pub register: Vec<Range<u64>>,
+    /// Ranges of anonymous memory to drop, within registered mappings; without the pages that
+    /// must stay ([`SeizedProcess::rseq_areas`]).
+    pub anonymous: Vec<Range<u64>>,
+    /// Ranges of private file mappings to drop. The caller holds their private pages' content.
+    pub file: Vec<Range<u64>>,
+    /// Register for write protection too.
+    pub track_writes: bool,
+}
+
+/// What was dropped.
+#[derive(Debug, Default)]
+pub struct Evicted {
+    /// Anonymous memory.
+    pub anonymous: Dropped,
+    /// Private file mappings.
+    pub file: Dropped,
+    /// Mappings that the kernel would not register; their pages are all resident.
+    pub left_resident: Vec<RegisterError>,
+}
+
+/// All processes of a group, stopped. See the module's description.
+pub struct Session<F: Freezer> {
+    freezer: F,
+    processes: Vec<SeizedProcess>,
+    /// Processes that lack pages.
+    lacking: Vec<i32>,
+    closed: bool,
+}
+
+impl<F: Freezer> Session<F> {
+    /// Freezes the group, stops every process in it and thaws the group under them. The calling
+    /// OS thread should end with the session: see [`on_tracer_thread`].
+    ///
+    /// # Errors
+    /// See [`SessionError`]. The processes are as they were, and frozen.
+    pub fn open(mut freezer: F, options: &SeizeOptions) -> Result<Self, SessionError> {
+        const LISTINGS: usize = 8;
+        let failed = |operation| move |source| SessionError::Freezer { operation, source };
+        freezer.freeze().map_err(failed("freezing"))?;
+        let mut processes: Vec<SeizedProcess> = Vec::new();
+        for listing in 0.. {
+            let mut fresh = freezer.processes().map_err(failed("listing"))?;
+            fresh.retain(|pid| processes.iter().all(|process| process.pid() != *pid));
+            if fresh.is_empty() {
+                break;
+            }
+            if listing == LISTINGS {
+                return Err(SessionError::Unstable);
+            }
+            for pid in fresh {
+                match ThreadGroup::seize(pid, options) {
+                    Ok(process) => processes.push(process),
+                    // Killed since it was listed.
+                    Err(SeizeError::Gone(_)) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        freezer.thaw().map_err(failed("thawing"))?;
+        Ok(Self { freezer, processes, lacking: Vec::new(), closed: false })
+    }
+
+    /// The stopped processes.
+    pub fn processes(&self) -> &[SeizedProcess] {
+        &self.processes
+    }
+
+    /// One of the stopped processes.
+    pub fn process(&mut self, pid: i32) -> Option<&mut SeizedProcess> {
+        self.processes.iter_mut().find(|process| process.pid() == pid)
+    }
+
+    /// Makes a userfaultfd of one of the processes.
+    ///
+    /// # Errors
+    /// See [`CreateError`]; `Gone` if the process is not in this session.
+    pub fn userfault(
+        &mut self,
+        pid: i32,
+        options: &UserFaultOptions,
+    ) -> Result<UserFault, CreateError> {
+        let process = self.process(pid).ok_or(CreateError::Inject(InjectError::Gone(pid)))?;
+        UserFault::create(process, options)
+    }
+
+    /// Registers mappings and drops pages, in this order. What the kernel does not let be
+    /// registered stays resident.
+    ///
+    /// # Errors
+    /// See [`EvictError`].
+    pub fn evict(
+        &mut self,
+        pid: i32,
+        userfault: &mut UserFault,
+        eviction: &Eviction,
+    ) -> Result<Evicted, EvictError> {
+        let process = self
+            .processes
+            .iter_mut()
+            .find(|process| process.pid() == pid)
+            .ok_or(EvictError::NoSuchProcess(pid))?;
+        let mut evicted = Evicted::default();
+        let mode = match eviction.track_writes {
+            true => RegisterMode::MissingAndWriteProtect,
+            false => RegisterMode::Missing,
+        };
+        for mapping in &eviction.register {
+            if let Err(error) = userfault.register(mapping.clone(), mode) {
+                evicted.left_resident.push(error);
+            }
+        }
+        let anonymous: Vec<_> =
+            eviction.anonymous.iter().filter(|range| userfault.covers(range)).cloned().collect();
+        // From here on the process may lack pages, even if a call fails half way.
+        self.lacking.push(pid);
+        evicted.anonymous = drop::drop_pages(process, userfault, &anonymous)?;
+        evicted.file = drop::drop_file_pages(process, &eviction.file)?;
+        Ok(evicted)
+    }
+
+    /// Ends injected work, freezes the group, and lets go of every process. They stay frozen.
+    ///
+    /// # Errors
+    /// See [`SessionError`]. Processes that lack pages and could not be frozen are killed.
+    pub fn close(mut self) -> Result<(), SessionError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), SessionError> {
+        if std::mem::replace(&mut self.closed, true) {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        for process in &mut self.processes {
+            match process.settle() {
+                Ok(()) | Err(InjectError::Gone(_)) => {}
+                Err(error) => {
+                    tracing::error!(pid = process.pid(), %error, "injected work did not end");
+                    if self.lacking.contains(&process.pid()) {
+                        process.kill();
+                    }
+                    result = result.and(Err(error.into()));
+                }
+            }
+        }
+        if let Err(source) = self.freezer.freeze() {
+            for process in &self.processes {
+                if self.lacking.contains(&process.pid()) {
+                    process.kill();
+                }
+            }
+            result = Err(SessionError::Freezer { operation: "freezing", source });
+        }
+        for process in std::mem::take(&mut self.processes) {
+            match process.detach() {
+                Ok(()) | Err(InjectError::Gone(_)) => {}
+                Err(error) => result = result.and(Err(error.into())),
+            }
+        }
+        result
+    }
+}
+
+impl<F: Freezer> Drop for Session<F> {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::error!(%error, "session did not end well");
+        }
+    }
+}
+
+/// Runs `operation` on an OS thread of its own, which ends with it.
+///
+/// The kernel ties tracees to the thread that seized them and lets go of all of them when it
+/// ends, so nothing stays traced whatever happens in `operation`, panics included.
+pub fn on_tracer_thread<R: Send>(operation: impl FnOnce() -> R + Send) -> R {
+    std::thread::scope(|scope| match scope.spawn(operation).join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}

@@ -1,0 +1,451 @@
+//! The programs that are evicted and restored: each fills and checks memory of its own.
+
+use std::io::BufRead;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+const PAGE: usize = 4096;
+
+pub fn run(name: &str) {
+    match name {
+        "memory" => memory(),
+        "waits" => waits(),
+        "filtered" => filtered(),
+        "uring" => uring(),
+        "userfault" => own_userfault(),
+        "aio" => aio(),
+        "signals" => signals(),
+        "fork" => fork(),
+        "threads" => churning_threads(),
+        "idle" => serve(|_| "ok".to_owned()),
+        other => panic!("no target {other}"),
+    }
+    std::process::exit(0);
+}
+
+/// Answers lines on stdin by lines on stderr, until stdin ends.
+fn serve(answer: impl FnMut(&str) -> String) {
+    serve_as("ready", answer);
+}
+
+fn serve_as(ready: &str, mut answer: impl FnMut(&str) -> String) {
+    say(ready);
+    for line in std::io::stdin().lock().lines() {
+        say(&answer(&line.unwrap()));
+    }
+}
+
+fn say(line: &str) {
+    let line = format!("{line}\n");
+    // SAFETY: writes a buffer of ours to a descriptor of ours.
+    unsafe { libc::write(2, line.as_ptr().cast(), line.len()) };
+}
+
+/// A private mapping filled with a known sequence.
+struct Region {
+    start: *mut u64,
+    words: usize,
+    seed: u64,
+    protection: i32,
+}
+
+fn mix(value: u64) -> u64 {
+    let value = (value ^ (value >> 31)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    value ^ (value >> 29)
+}
+
+impl Region {
+    fn map(bytes: usize, seed: u64) -> Self {
+        Self::map_with(bytes, seed, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+    }
+
+    fn map_with(bytes: usize, seed: u64, flags: i32, fd: i32) -> Self {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, fd, 0) };
+        assert_ne!(start, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        Self { start: start.cast(), words: bytes / 8, seed, protection }
+    }
+
+    fn protect(&self, protection: i32) {
+        // SAFETY: changes the protection of a mapping that only `self` uses.
+        let result = unsafe { libc::mprotect(self.start.cast(), self.words * 8, protection) };
+        assert_eq!(result, 0);
+    }
+
+    /// Every seventh page stays untouched.
+    fn is_touched(index: usize) -> bool {
+        index * 8 / PAGE % 7 != 3
+    }
+
+    fn fill(&mut self, seed: u64) {
+        self.seed = seed;
+        self.protect(libc::PROT_READ | libc::PROT_WRITE);
+        for index in (0..self.words).filter(|index| Self::is_touched(*index)) {
+            // SAFETY: within the mapping, which is writable now.
+            unsafe { self.start.add(index).write_volatile(mix(self.seed + index as u64)) };
+        }
+        self.protect(self.protection);
+    }
+
+    fn check(&self, what: &str, untouched: impl Fn(usize) -> u64) -> Result<(), String> {
+        if self.protection & libc::PROT_READ == 0 {
+            self.protect(libc::PROT_READ);
+        }
+        for index in 0..self.words {
+            // SAFETY: within the mapping, which is readable now.
+            let found = unsafe { self.start.add(index).read_volatile() };
+            let expected = match Self::is_touched(index) {
+                true => mix(self.seed + index as u64),
+                false => untouched(index),
+            };
+            if found != expected {
+                return Err(format!("{what}: word {index} is {found:#x}, not {expected:#x}"));
+            }
+        }
+        self.protect(self.protection);
+        Ok(())
+    }
+}
+
+static DATA: [AtomicU64; 4096] = [const { AtomicU64::new(7) }; 4096];
+
+/// Memory of every kind, with threads that wait in every way.
+fn memory() {
+    start_waiters();
+    let mut anonymous = Region::map(8 << 20, 1);
+    let mut hidden = Region::map(1 << 20, 2);
+    hidden.protection = libc::PROT_NONE;
+    let mut locked = Region::map(64 << 10, 3);
+    // SAFETY: locks a mapping of ours.
+    unsafe { libc::mlock(locked.start.cast(), locked.words * 8) };
+    let mut huge = Region::map(8 << 20, 4);
+    // SAFETY: advice on a mapping of ours.
+    unsafe { libc::madvise(huge.start.cast(), huge.words * 8, libc::MADV_HUGEPAGE) };
+    // A reservation that holds next to nothing.
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let reservation = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            64 << 30,
+            libc::PROT_NONE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    assert_ne!(reservation, libc::MAP_FAILED);
+    // A private file mapping: content of the file where it was not written to.
+    let file_word = |index: usize| mix(0xf11e + index as u64);
+    let file_bytes = 256 << 10;
+    let content: Vec<u8> = (0..file_bytes / 8).flat_map(|i| file_word(i).to_ne_bytes()).collect();
+    let path = std::env::temp_dir().join(format!("medes-memtest-{}", std::process::id()));
+    std::fs::write(&path, content).unwrap();
+    let file = std::fs::File::open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let mut mapped =
+        Region::map_with(file_bytes, 5, libc::MAP_PRIVATE, std::os::fd::AsRawFd::as_raw_fd(&file));
+    mapped.protection = libc::PROT_READ;
+    let mut round = 1;
+    let mut heap: Vec<Vec<u64>> = Vec::new();
+    let mut fill = |round: u64, heap: &mut Vec<Vec<u64>>, check: bool| -> Result<(), String> {
+        if check {
+            anonymous.check("anonymous", |_| 0)?;
+            hidden.check("hidden", |_| 0)?;
+            locked.check("locked", |_| 0)?;
+            huge.check("huge", |_| 0)?;
+            mapped.check("file", file_word)?;
+            let wrong = heap.iter().enumerate().find(|(index, block)| {
+                block.iter().any(|word| *word != mix(round - 1 + *index as u64))
+            });
+            if let Some((index, _)) = wrong {
+                return Err(format!("heap block {index}"));
+            }
+            if DATA.iter().any(|word| word.load(Ordering::Relaxed) != mix(round - 1)) {
+                return Err("data".to_owned());
+            }
+        }
+        for region in [&mut anonymous, &mut hidden, &mut locked, &mut huge, &mut mapped] {
+            region.fill(round * 1_000_003);
+        }
+        heap.clear();
+        heap.extend((0..200).map(|index| vec![mix(round + index); 64 + index as usize * 5]));
+        DATA.iter().for_each(|word| word.store(mix(round), Ordering::Relaxed));
+        Ok(())
+    };
+    fill(round, &mut heap, false).unwrap();
+    deep_stack(200, &mut || {
+        serve(|_| {
+            round += 1;
+            match fill(round, &mut heap, true) {
+                Err(error) => error,
+                Ok(()) => match waiters_verdict() {
+                    Some(error) => error,
+                    None => "ok".to_owned(),
+                },
+            }
+        });
+    });
+}
+
+/// Calls `inner` with known words on every frame of a deep stack, and checks them after.
+#[inline(never)]
+fn deep_stack(depth: u64, inner: &mut dyn FnMut()) {
+    let mut frame = [0u64; 256];
+    for (index, word) in frame.iter_mut().enumerate() {
+        // SAFETY: a word of a local array.
+        unsafe { ptr::write_volatile(word, mix(depth + index as u64)) };
+    }
+    if depth == 0 {
+        inner()
+    } else {
+        deep_stack(depth - 1, inner)
+    }
+    for (index, word) in frame.iter().enumerate() {
+        // SAFETY: a word of a local array.
+        let found = unsafe { ptr::read_volatile(word) };
+        assert_eq!(found, mix(depth + index as u64), "stack frame {depth}");
+    }
+}
+
+static WAITER_ERRORS: AtomicU32 = AtomicU32::new(0);
+static WAITER_ERROR: std::sync::Mutex<String> = std::sync::Mutex::new(String::new());
+static WAITER_ROUNDS: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
+static FUTEX: AtomicU32 = AtomicU32::new(0);
+static STOP: AtomicBool = AtomicBool::new(false);
+
+fn waiter_failed(what: &str) {
+    if WAITER_ERRORS.fetch_add(1, Ordering::Relaxed) == 0 {
+        *WAITER_ERROR.lock().unwrap() = format!("{what}: {}", std::io::Error::last_os_error());
+    }
+}
+
+fn waiters_verdict() -> Option<String> {
+    match WAITER_ERRORS.load(Ordering::Relaxed) {
+        0 => None,
+        count => Some(format!("{count} wrong waits: {}", WAITER_ERROR.lock().unwrap())),
+    }
+}
+
+/// Threads that wait over and over, by one system call each, with short timeouts; every result
+/// other than a timeout that is not early is an error.
+fn start_waiters() {
+    const TIMEOUT: Duration = Duration::from_millis(7);
+    fn waiter(index: usize, name: &'static str, mut wait: impl FnMut() -> bool + Send + 'static) {
+        std::thread::spawn(move || {
+            while !STOP.load(Ordering::Relaxed) {
+                let start = Instant::now();
+                if !wait() {
+                    waiter_failed(name);
+                } else if start.elapsed() < TIMEOUT {
+                    waiter_failed("early");
+                }
+                WAITER_ROUNDS[index].fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    let timeout = libc::timespec { tv_sec: 0, tv_nsec: TIMEOUT.as_nanos() as i64 };
+    let errno = || std::io::Error::last_os_error().raw_os_error().unwrap();
+    waiter(0, "nanosleep", move || {
+        // SAFETY: reads a local timespec.
+        unsafe { libc::syscall(libc::SYS_nanosleep, &timeout, ptr::null_mut::<u8>()) == 0 }
+    });
+    waiter(1, "futex", move || {
+        // SAFETY: waits on a static word.
+        let result =
+            unsafe { libc::syscall(libc::SYS_futex, &FUTEX, libc::FUTEX_WAIT, 0, &timeout, 0, 0) };
+        result == -1 && errno() == libc::ETIMEDOUT
+    });
+    waiter(2, "epoll_wait", move || {
+        // SAFETY: plain descriptors; the kernel writes one event at most.
+        unsafe {
+            let epoll = libc::epoll_create1(0);
+            let mut event: libc::epoll_event = std::mem::zeroed();
+            // One more than the timeout in milliseconds, which epoll rounds.
+            let result = libc::epoll_wait(epoll, &mut event, 1, TIMEOUT.as_millis() as i32 + 1);
+            let error = std::io::Error::last_os_error();
+            libc::close(epoll);
+            if result < 0 {
+                libc::__errno_location().write(error.raw_os_error().unwrap());
+            }
+            result == 0
+        }
+    });
+    waiter(3, "poll", move || {
+        // SAFETY: no descriptors at all.
+        unsafe { libc::poll(ptr::null_mut(), 0, TIMEOUT.as_millis() as i32 + 1) == 0 }
+    });
+    waiter(4, "ppoll", move || {
+        let mut timeout = timeout;
+        // SAFETY: no descriptors at all; the kernel updates the local timespec.
+        unsafe {
+            libc::syscall(
+                libc::SYS_ppoll,
+                ptr::null_mut::<u8>(),
+                0,
+                &mut timeout,
+                ptr::null::<u8>(),
+                8,
+            ) == 0
+        }
+    });
+    waiter(5, "recv with a timeout", move || {
+        // SAFETY: plain descriptors and local structures.
+        unsafe {
+            let mut pair = [0; 2];
+            libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM, 0, pair.as_mut_ptr());
+            let limit = libc::timeval { tv_sec: 0, tv_usec: TIMEOUT.as_micros() as i64 };
+            libc::setsockopt(
+                pair[0],
+                libc::SOL_SOCKET,
+                libc::SO_RCVTIMEO,
+                ptr::from_ref(&limit).cast(),
+                size_of_val(&limit) as u32,
+            );
+            let mut byte = 0u8;
+            let result = libc::read(pair[0], ptr::from_mut(&mut byte).cast(), 1);
+            let error = errno();
+            libc::close(pair[0]);
+            libc::close(pair[1]);
+            libc::__errno_location().write(error);
+            result == -1 && error == libc::EAGAIN
+        }
+    });
+}
+
+/// Answers how many waits ended, and whether all ended right.
+fn waits() {
+    start_waiters();
+    serve(|_| match waiters_verdict() {
+        Some(error) => error,
+        None => {
+            let rounds: Vec<_> =
+                WAITER_ROUNDS.iter().map(|round| round.load(Ordering::Relaxed)).collect();
+            format!("{rounds:?}")
+        }
+    });
+}
+
+/// A filter that kills on every call that the program itself does not make.
+fn filtered() {
+    let mut region = Region::map(1 << 20, 9);
+    region.fill(9);
+    let allowed = [
+        libc::SYS_read,
+        libc::SYS_write,
+        libc::SYS_mprotect,
+        libc::SYS_exit_group,
+        libc::SYS_futex,
+        libc::SYS_restart_syscall,
+        libc::SYS_brk,
+        libc::SYS_munmap,
+    ];
+    let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let mut program = vec![statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0)];
+    for (index, call) in allowed.iter().enumerate() {
+        program.push(libc::sock_filter {
+            code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
+            jt: (allowed.len() - index) as u8,
+            jf: 0,
+            k: *call as u32,
+        });
+    }
+    program.push(statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_KILL_PROCESS));
+    program.push(statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW));
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: the program lives until the kernel has copied it.
+    unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        let result = libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &filter);
+        assert_eq!(result, 0);
+    }
+    serve(|line| match line {
+        // Not in the list: the filter must be in force again.
+        "break" => {
+            // SAFETY: no arguments.
+            unsafe { libc::getppid() };
+            "not filtered".to_owned()
+        }
+        _ => region.check("region", |_| 0).err().unwrap_or("ok".to_owned()),
+    });
+}
+
+fn uring() {
+    let mut parameters = [0u8; 120];
+    // SAFETY: io_uring_setup writes 120 bytes of parameters.
+    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr()) };
+    serve_as(if fd < 0 { "ready unsupported" } else { "ready" }, |_| "ok".to_owned());
+}
+
+fn own_userfault() {
+    // SAFETY: takes flags only.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    assert!(fd >= 0);
+    serve(|_| fd.to_string());
+}
+
+fn aio() {
+    let mut context = 0u64;
+    // SAFETY: io_setup writes one context.
+    let result = unsafe { libc::syscall(libc::SYS_io_setup, 8, &mut context) };
+    assert_eq!(result, 0);
+    serve(|_| "ok".to_owned());
+}
+
+static SIGNALS: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn count_signal(_: i32) {
+    SIGNALS.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Counts SIGUSR1 and real-time signals.
+fn signals() {
+    for signal in [libc::SIGUSR1, libc::SIGRTMIN() + 3] {
+        // SAFETY: the handler does nothing but add to an atomic.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = count_signal as *const () as usize;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(signal, &action, ptr::null_mut());
+        }
+    }
+    serve(|_| SIGNALS.load(Ordering::Relaxed).to_string());
+}
+
+/// Forks on request; the child checks the parent's memory.
+fn fork() {
+    let mut region = Region::map(1 << 20, 11);
+    region.fill(11);
+    serve(|_| {
+        // SAFETY: the child only reads memory, writes a line and exits.
+        unsafe {
+            match libc::fork() {
+                0 => {
+                    let verdict = region.check("child", |_| 0);
+                    libc::_exit(i32::from(verdict.is_err()));
+                }
+                child => {
+                    let mut status = 0;
+                    libc::waitpid(child, &mut status, 0);
+                    if status == 0 { "ok".to_owned() } else { format!("status {status:#x}") }
+                }
+            }
+        }
+    });
+}
+
+/// Threads come and go all the time.
+fn churning_threads() {
+    for _ in 0..2 {
+        std::thread::spawn(|| {
+            loop {
+                let short: Vec<_> = (0..4)
+                    .map(|_| std::thread::spawn(|| std::thread::sleep(Duration::from_micros(200))))
+                    .collect();
+                short.into_iter().for_each(|thread| thread.join().unwrap());
+            }
+        });
+    }
+    serve(|_| "ok".to_owned());
+}
