@@ -188,10 +188,8 @@ unsafe fn carry_out(step: &Step, index: u32, vectors: &Vectors, channel: RawFd) 
             call!(libc::SYS_personality, libc::ADDR_NO_RANDOMIZE as c_long).map(drop)
         }
         Step::FilterSystemCalls(program) => {
-            let program = libc::sock_fprog {
-                len: program.len() as u16,
-                filter: program.as_ptr().cast_mut().cast(),
-            };
+            let program =
+                libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
             call!(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program).map(drop)
         }
         Step::Execute { programs, .. } => execute(programs, vectors),

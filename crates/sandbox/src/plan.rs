@@ -12,7 +12,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use seccompiler::BpfProgram;
 
 use crate::error::SandboxError;
 use crate::seccomp;
@@ -108,7 +107,7 @@ pub(crate) enum Step {
     NoNewPrivileges,
     WorkingDirectory(CString),
     FixedLayout,
-    FilterSystemCalls(BpfProgram),
+    FilterSystemCalls(&'static [libc::sock_filter]),
     /// Waits for the parent's word to run the program.
     AwaitStart,
     /// Runs the first of the programs that exists.
@@ -320,7 +319,7 @@ impl Builder {
                     if i > 0 {
                         options.push(b':');
                     }
-                    let (path, _) = resolve(layer, target)?;
+                    let path = resolve_fully(layer, target)?;
                     for byte in on_host(&path)?.as_bytes() {
                         if matches!(byte, b'\\' | b':' | b',') {
                             options.push(b'\\');
@@ -363,7 +362,7 @@ impl Builder {
         if !spec.layout.randomize {
             self.steps.push(Step::FixedLayout);
         }
-        for program in seccomp::programs(&spec.seccomp) {
+        if let Some(program) = seccomp::program(&spec.seccomp) {
             self.steps.push(Step::FilterSystemCalls(program));
         }
         self.steps.push(Step::AwaitStart);

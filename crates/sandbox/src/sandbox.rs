@@ -309,8 +309,9 @@ impl FirstProcess {
         let left = || end.saturating_duration_since(Instant::now());
         // A cgroup that somebody else has removed had no processes any more.
         if self.cgroup.path().exists() {
-            self.cgroup.kill(limit)?;
+            self.cgroup.order_kill()?;
         }
+        // The first process can be reaped once all others of its pid namespace are gone.
         self.wait(left())?;
         self.cgroup.remove(left())?;
         self.removed = true;

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
 
 pub use memory::MemoryReading;
 pub use root::CgroupRoot;
@@ -258,8 +258,16 @@ impl Cgroup {
     /// # Errors
     /// [`CgroupError::Timeout`] if one survives `limit` (it is in an uninterruptible system call).
     pub fn kill(&self, limit: Duration) -> Result<(), CgroupError> {
-        write(&self.unified.join("cgroup.kill"), "1")?;
+        self.order_kill()?;
         self.wait_for("populated", 0, "empty", limit)
+    }
+
+    /// Kills every process, frozen or not, without waiting for their end.
+    ///
+    /// # Errors
+    /// If the cgroup is gone.
+    pub fn order_kill(&self) -> Result<(), CgroupError> {
+        write(&self.unified.join("cgroup.kill"), "1")
     }
 
     /// Removes the cgroup, which must be empty, waiting up to `limit` for the kernel to forget
@@ -283,6 +291,8 @@ impl Cgroup {
         let end = Instant::now() + limit;
         let mut file = File::open(&path).map_err(CgroupError::io("opening", &path))?;
         let mut text = String::new();
+        // The kernel notifies of changes, but holds back those that follow another within 10 ms.
+        let mut pause = Duration::from_micros(50);
         loop {
             // Reading first arms the notification: a change after this read wakes the poll.
             text.clear();
@@ -297,11 +307,11 @@ impl Cgroup {
                 return Err(CgroupError::Timeout { state, path: self.unified.clone(), limit });
             }
             let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
-            let millis = PollTimeout::try_from(left.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
-            match poll(&mut fds, millis) {
+            match ppoll(&mut fds, Some(pause.min(left).into()), None) {
                 Ok(_) | Err(nix::errno::Errno::EINTR) => {}
                 Err(e) => return Err(CgroupError::io("watching", &path)(e.into())),
             }
+            pause = (pause * 2).min(Duration::from_millis(10));
         }
     }
 
