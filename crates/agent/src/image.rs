@@ -90,7 +90,7 @@ pub enum Source {
 /// One patch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PatchUse {
-    /// Its length, bytes.
+    /// Its length, bytes. A page of zeros that has to be put back has no patch: length 0.
     pub length: u16,
     /// Its base page, (index in [`Table::snapshots`], page), if it has one.
     pub base: Option<(u16, u32)>,

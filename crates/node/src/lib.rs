@@ -2,13 +2,24 @@
 //!
 //! A node carries out what the controller decides and reports what it sees. It knows nothing of
 //! requests waiting, of keep-alive periods or of other nodes. [`api`] is its interface, the one
-//! that a node on another machine will be driven through as well.
+//! that a node on another machine will be driven through as well; [`Node`] is the node on this
+//! machine.
 
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod config;
+mod dedup;
+mod local;
+mod recovery;
+mod runtimes;
+mod spec;
+mod table;
 
 pub use api::{
     DedupFailure, DedupReport, Invocation, NodeApi, NodeEvent, NodeMemory, Outcome, RestoreFailure,
     RestoreReport, StartFailure,
 };
+pub use config::{DedupConfig, NodeConfig};
+pub use local::{Node, NodeError};
+pub use runtimes::{RuntimeRecord, Runtimes};

@@ -1,0 +1,254 @@
+//! Finding, for each page, the cheapest way to bring it back.
+//!
+//! In this order, each step only for the pages that the one before left over:
+//!
+//! 1. a page of zeros needs nothing;
+//! 2. the base page that lay at the same address in a sandbox of the same function: equal, or
+//!    different in a few words (with equal layouts this settles nearly every page, without a hash);
+//! 3. an equal base page anywhere in the domain, by content hash;
+//! 4. the base page whose fingerprint overlaps most, from the registry (paper, section 4).
+//!
+//! What has no base page is compressed by itself. Every patch is decoded and compared with the page
+//! before it counts.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use medes_core::{DomainId, PageRef, SnapshotId};
+use medes_pages::{
+    DecodeError, Decoder, Encoder, Fingerprint, Fingerprinter, PAGE_SIZE, Page, is_zero,
+};
+use medes_registry::{Candidate, Near, Registry, RegistryError, Scope};
+use medes_store::{Snapshot, Store};
+
+/// A page that differs from its neighbour in time in at most this many of its 512 words gets a
+/// patch against it without a look at the registry: nothing found there would be much smaller.
+const FEW_WORDS: usize = 32;
+
+/// Where one page comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PageSource {
+    /// It is zero.
+    Zero,
+    /// It is equal to a base page.
+    Base(PageRef),
+    /// It has a patch of this length.
+    Patch {
+        /// The patch's length, bytes.
+        length: u16,
+        /// The base page that the patch is against, if any.
+        base: Option<PageRef>,
+    },
+}
+
+/// Why encoding failed.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// The registry did not answer.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// A patch does not decode.
+    #[error("a patch that was just made does not decode: {0}")]
+    Decode(#[from] DecodeError),
+    /// A patch decodes to something else.
+    #[error("a patch that was just made decodes to another page than it was made from")]
+    Differs,
+}
+
+/// Everything that encoding looks pages up in.
+#[derive(Clone, Copy)]
+pub struct Bases<'a> {
+    /// The page store of this node.
+    pub store: &'a Store,
+    /// The fingerprint registry.
+    pub registry: &'a dyn Registry,
+    /// Whose pages may be used.
+    pub domain: DomainId,
+    /// Which candidates are preferred.
+    pub near: Near,
+    /// Which functions' candidates are allowed.
+    pub scope: Scope,
+    /// Base snapshots of the same function, tried at the same address, newest first.
+    pub own: &'a [Arc<Snapshot>],
+}
+
+/// Encodes pages; owns the buffers that this takes. One per thread.
+pub struct PageEncoder<'a> {
+    bases: Bases<'a>,
+    fingerprinter: Fingerprinter,
+    encoder: Encoder,
+    decoder: Decoder,
+    held: HashMap<SnapshotId, Option<Arc<Snapshot>>>,
+    fingerprints: Vec<Fingerprint>,
+    candidates: Vec<Option<Candidate>>,
+    open: Vec<(usize, Option<PageRef>)>,
+    trial: Vec<u8>,
+    decoded: Box<Page>,
+}
+
+impl<'a> PageEncoder<'a> {
+    /// A new encoder.
+    #[must_use]
+    pub fn new(bases: Bases<'a>, fingerprinter: Fingerprinter) -> Self {
+        Self {
+            bases,
+            fingerprinter,
+            encoder: Encoder::new(),
+            decoder: Decoder::new(),
+            held: HashMap::new(),
+            fingerprints: Vec::new(),
+            candidates: Vec::new(),
+            open: Vec::new(),
+            trial: Vec::new(),
+            decoded: Box::new([0; PAGE_SIZE]),
+        }
+    }
+
+    /// Encodes a batch: page `n` of `pages` lay at `addresses[n]`. Appends one source per page to
+    /// `sources`, and the patches, in the same order, to `patches`.
+    ///
+    /// # Errors
+    /// [`EncodeError`]; what was appended is then of no use.
+    pub fn encode(
+        &mut self,
+        addresses: &[u64],
+        pages: &[Page],
+        sources: &mut Vec<PageSource>,
+        patches: &mut Vec<u8>,
+    ) -> Result<(), EncodeError> {
+        let first = sources.len();
+        self.open.clear();
+        self.fingerprints.clear();
+        self.candidates.clear();
+        for (n, (address, page)) in addresses.iter().zip(pages).enumerate() {
+            let settled = self.without_fingerprint(*address, page);
+            if let Err(near_miss) = settled {
+                self.open.push((n, near_miss));
+                self.fingerprints.push(self.fingerprinter.fingerprint(page));
+            }
+            // Patched pages are settled below, in order, so that patches are too.
+            sources.push(settled.unwrap_or(PageSource::Patch { length: 0, base: None }));
+        }
+        let Bases { registry, domain, near, scope, .. } = self.bases;
+        registry.lookup_within(domain, near, scope, &self.fingerprints, &mut self.candidates)?;
+        let mut open = std::mem::take(&mut self.open).into_iter().zip(0..).peekable();
+        for n in 0..pages.len() {
+            let PageSource::Patch { base: same_place, .. } = sources[first + n] else { continue };
+            let (near_miss, found) = match open.next_if(|((page, _), _)| *page == n) {
+                Some(((_, near_miss), k)) => (near_miss, self.candidates[k].map(|c| c.base)),
+                None => (same_place, None),
+            };
+            sources[first + n] = self.patch(&pages[n], [near_miss, found], patches)?;
+        }
+        self.open = Vec::new();
+        Ok(())
+    }
+
+    /// Steps 1 to 3. A page with a near miss at the same address is `Ok(Patch)` if it is near
+    /// enough to be taken at once, else `Err` with the near miss, if any.
+    fn without_fingerprint(
+        &mut self,
+        address: u64,
+        page: &Page,
+    ) -> Result<PageSource, Option<PageRef>> {
+        if is_zero(page) {
+            return Ok(PageSource::Zero);
+        }
+        let mut nearest: Option<(usize, PageRef)> = None;
+        for snapshot in self.bases.own {
+            let Some(index) = snapshot.page_at(address) else { continue };
+            let Some(base) = self.bases.store.page(snapshot, index) else { continue };
+            let words = differing_words(page, base);
+            let at = PageRef { snapshot: snapshot.id(), page: index };
+            if words == 0 {
+                return Ok(PageSource::Base(at));
+            }
+            if nearest.is_none_or(|(least, _)| words < least) {
+                nearest = Some((words, at));
+            }
+        }
+        if let Some((words, at)) = nearest
+            && words <= FEW_WORDS
+        {
+            return Ok(PageSource::Patch { length: 0, base: Some(at) });
+        }
+        if let Some(at) = self.bases.store.equal_page(self.bases.domain, page)
+            && self.is_allowed(at)
+        {
+            return Ok(PageSource::Base(at));
+        }
+        Err(nearest.map(|(_, at)| at))
+    }
+
+    /// The smallest patch against any of `candidates` or against nothing, verified and appended.
+    fn patch(
+        &mut self,
+        page: &Page,
+        candidates: [Option<PageRef>; 2],
+        patches: &mut Vec<u8>,
+    ) -> Result<PageSource, EncodeError> {
+        let start = patches.len();
+        let mut best: Option<Option<PageRef>> = None;
+        for candidate in candidates.into_iter().flatten() {
+            let Some(base) = self.base_page(candidate) else { continue };
+            if base == page {
+                patches.truncate(start);
+                return Ok(PageSource::Base(candidate));
+            }
+            self.trial.clear();
+            self.encoder.encode(page, Some(base), &mut self.trial);
+            if best.is_none() || self.trial.len() < patches.len() - start {
+                patches.truncate(start);
+                patches.extend_from_slice(&self.trial);
+                best = Some(Some(candidate));
+            }
+        }
+        if best.is_none() {
+            self.encoder.encode(page, None, patches);
+            best = Some(None);
+        }
+        let patch = &patches[start..];
+        // The encoder may have found that the base page is of no help.
+        let needs_base = medes_pages::needs_base(patch)?;
+        let base = best.flatten().filter(|_| needs_base);
+        let content = base.and_then(|at| self.base_page(at));
+        self.decoder.decode(patch, content, &mut self.decoded)?;
+        if *self.decoded != *page {
+            return Err(EncodeError::Differs);
+        }
+        Ok(PageSource::Patch { length: patch.len() as u16, base })
+    }
+
+    /// The content of a base page, if it is on this node and still there. Its snapshot is held
+    /// from then on, so that it can't vanish before the image refers to it.
+    fn base_page(&mut self, at: PageRef) -> Option<&'a Page> {
+        let store = self.bases.store;
+        let snapshot = self.held.entry(at.snapshot).or_insert_with(|| store.snapshot(at.snapshot));
+        store.page(snapshot.as_ref()?, at.page)
+    }
+
+    /// Whether the snapshot of `at` is one that may be used; if so it is held from now on.
+    fn is_allowed(&mut self, at: PageRef) -> bool {
+        if self.base_page(at).is_none() {
+            return false;
+        }
+        let own = |s: &Arc<Snapshot>| s.function() == self.bases.near.function;
+        let same = self.held.get(&at.snapshot).and_then(Option::as_ref).is_some_and(own);
+        match self.bases.scope {
+            Scope::Any => true,
+            Scope::SameFunction => same,
+            Scope::OtherFunctions => !same,
+        }
+    }
+
+    /// The snapshots that any answer so far refers to, and that are held until this is dropped.
+    pub fn held(&self) -> impl Iterator<Item = &Arc<Snapshot>> {
+        self.held.values().flatten().chain(self.bases.own)
+    }
+}
+
+/// How many of the 512 words of two pages differ.
+fn differing_words(a: &Page, b: &Page) -> usize {
+    let word = |c: &[u8]| u64::from_ne_bytes(c.try_into().expect("eight bytes"));
+    a.chunks_exact(8).zip(b.chunks_exact(8)).filter(|(a, b)| word(a) != word(b)).count()
+}

@@ -1,0 +1,230 @@
+//! The daemon's handle of the keeper: starts it, calls it, hears from it.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command as OsCommand, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use medes_core::SandboxId;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::protocol::{self, Call, Command, Ending, Message, Reply};
+
+/// What goes wrong between daemon and keeper.
+#[derive(Debug, thiserror::Error)]
+pub enum KeeperError {
+    /// The keeper's program could not be started.
+    #[error("starting the keeper: {0}")]
+    Spawn(io::Error),
+    /// No answer at the keeper's socket.
+    #[error("the keeper does not answer at {socket}: {error}; its own log is {log}")]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// The keeper's log file.
+        log: PathBuf,
+        /// The last error.
+        error: io::Error,
+    },
+    /// The connection broke.
+    #[error("the connection to the keeper is lost")]
+    Lost,
+    /// The keeper refused.
+    #[error("{0}")]
+    Refused(String),
+    /// The keeper answered something else than was asked.
+    #[error("the keeper speaks another version of the protocol")]
+    Protocol,
+}
+
+type Waiting = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Reply>>>>>;
+
+/// A connection to a running keeper. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Keeper {
+    calls: mpsc::UnboundedSender<Vec<u8>>,
+    waiting: Waiting,
+    number: Arc<std::sync::atomic::AtomicU64>,
+    pid: i32,
+}
+
+impl Keeper {
+    /// Starts a keeper process and connects to it. `ended` hears of sandboxes that end while
+    /// nobody waits for them; it closes when the connection is lost.
+    ///
+    /// # Errors
+    /// When the process can't be started or does not answer.
+    pub async fn launch(
+        program: &Path,
+        arguments: &[String],
+        socket: &Path,
+        log: &Path,
+        store: BorrowedFd<'_>,
+        ended: mpsc::UnboundedSender<(SandboxId, Ending)>,
+    ) -> Result<Self, KeeperError> {
+        let output = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(log)
+            .map_err(KeeperError::Spawn)?;
+        let errors = output.try_clone().map_err(KeeperError::Spawn)?;
+        let mut child = OsCommand::new(program)
+            .args(arguments)
+            .arg("--socket")
+            .arg(socket)
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(errors)
+            // Ctrl-C at the daemon's terminal is not meant for the keeper.
+            .process_group(0)
+            .spawn()
+            .map_err(KeeperError::Spawn)?;
+        let connected = Self::connect(socket, log, store, ended).await;
+        if connected.is_err() {
+            let _ = child.kill();
+        }
+        // Reaped when it ends, which is after the daemon in most cases.
+        std::thread::spawn(move || child.wait());
+        connected
+    }
+
+    /// Connects to a keeper that is running or about to, and introduces the daemon.
+    ///
+    /// # Errors
+    /// When nobody answers within three seconds, or the versions differ.
+    pub async fn connect(
+        socket: &Path,
+        log: &Path,
+        store: BorrowedFd<'_>,
+        ended: mpsc::UnboundedSender<(SandboxId, Ending)>,
+    ) -> Result<Self, KeeperError> {
+        let mut tries = 0;
+        let stream = loop {
+            match UnixStream::connect(socket).await {
+                Ok(stream) => break stream,
+                Err(_) if tries < 300 => {
+                    tries += 1;
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                Err(error) => {
+                    let (socket, log) = (socket.to_owned(), log.to_owned());
+                    return Err(KeeperError::Connect { socket, log, error });
+                }
+            }
+        };
+        let mut keeper = Self::over(stream, ended);
+        let hello = Command::Hello {
+            version: protocol::VERSION,
+            pid: std::process::id() as i32,
+            store: store.as_raw_fd(),
+        };
+        match keeper.call(hello).await? {
+            Reply::Hello { version: protocol::VERSION, pid } => keeper.pid = pid,
+            Reply::Refused(why) => return Err(KeeperError::Refused(why)),
+            _ => return Err(KeeperError::Protocol),
+        }
+        Ok(keeper)
+    }
+
+    fn over(stream: UnixStream, ended: mpsc::UnboundedSender<(SandboxId, Ending)>) -> Self {
+        let (mut from, mut to) = stream.into_split();
+        let (calls, mut queue) = mpsc::unbounded_channel::<Vec<u8>>();
+        let waiting: Waiting = Arc::new(Mutex::new(Some(HashMap::new())));
+        tokio::spawn(async move {
+            while let Some(frame) = queue.recv().await {
+                if tokio::io::AsyncWriteExt::write_all(&mut to, &frame).await.is_err() {
+                    break;
+                }
+            }
+        });
+        let replies = Arc::clone(&waiting);
+        tokio::spawn(async move {
+            loop {
+                match protocol::read::<Message>(&mut from).await {
+                    Ok(Some(Message::Reply { number, reply })) => {
+                        let waiter = lock(&replies).as_mut().and_then(|w| w.remove(&number));
+                        if let Some(waiter) = waiter {
+                            let _ = waiter.send(reply);
+                        }
+                    }
+                    Ok(Some(Message::Ended { sandbox, how })) => {
+                        let _ = ended.send((sandbox, how));
+                    }
+                    Ok(None) => break,
+                    Err(error) => {
+                        tracing::error!(%error, "reading from the keeper");
+                        break;
+                    }
+                }
+            }
+            // Everybody who waits learns that no answer comes, and nobody waits from now on.
+            lock(&replies).take();
+        });
+        Self { calls, waiting, number: Arc::default(), pid: 0 }
+    }
+
+    /// The keeper's process.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Sends a command and waits for the answer.
+    ///
+    /// # Errors
+    /// [`KeeperError::Lost`] when the connection breaks.
+    pub async fn call(&self, command: Command) -> Result<Reply, KeeperError> {
+        self.send(command)?.await.map_err(|_| KeeperError::Lost)
+    }
+
+    /// Sends a command and waits for the answer, on a thread that may block.
+    ///
+    /// # Errors
+    /// [`KeeperError::Lost`] when the connection breaks.
+    pub fn call_blocking(&self, command: Command) -> Result<Reply, KeeperError> {
+        self.send(command)?.blocking_recv().map_err(|_| KeeperError::Lost)
+    }
+
+    /// Like [`Keeper::call`], for commands that are answered with [`Reply::Done`].
+    ///
+    /// # Errors
+    /// [`KeeperError::Refused`] with the keeper's reason, or that the connection broke.
+    pub async fn order(&self, command: Command) -> Result<(), KeeperError> {
+        done(self.call(command).await?)
+    }
+
+    /// Like [`Keeper::order`], on a thread that may block.
+    ///
+    /// # Errors
+    /// As [`Keeper::order`].
+    pub fn order_blocking(&self, command: Command) -> Result<(), KeeperError> {
+        done(self.call_blocking(command)?)
+    }
+
+    fn send(&self, command: Command) -> Result<oneshot::Receiver<Reply>, KeeperError> {
+        let number = self.number.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let frame = protocol::encode(&Call { number, command })
+            .map_err(|e| KeeperError::Refused(e.to_string()))?;
+        let (answer, answered) = oneshot::channel();
+        lock(&self.waiting).as_mut().ok_or(KeeperError::Lost)?.insert(number, answer);
+        self.calls.send(frame).map_err(|_| KeeperError::Lost)?;
+        Ok(answered)
+    }
+}
+
+fn done(reply: Reply) -> Result<(), KeeperError> {
+    match reply {
+        Reply::Done => Ok(()),
+        Reply::Refused(why) => Err(KeeperError::Refused(why)),
+        _ => Err(KeeperError::Protocol),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

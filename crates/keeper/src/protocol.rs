@@ -1,0 +1,232 @@
+//! What the daemon and the keeper say to each other: frames over a Unix stream socket.
+//!
+//! A frame is a length (four bytes, little endian) and that many bytes of postcard. Descriptors
+//! are not sent: both sides run as root on one machine and take what they need from the other with
+//! `pidfd_getfd(2)`, named by process and number.
+
+use bytes::Bytes;
+use medes_core::SandboxId;
+use medes_runtime::Request;
+use medes_sandbox::SandboxSpec;
+use medes_store::Extent;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::path::PathBuf;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+/// Changed whenever the messages change: a daemon does not talk to a keeper of another version.
+pub const VERSION: u32 = 1;
+
+/// The longest frame, bytes: a request's payload and its head.
+const MAX_FRAME: u32 = 16 * 1024 * 1024;
+
+/// From the daemon: a numbered command.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Call {
+    /// The answer carries the same number.
+    pub number: u64,
+    /// What to do.
+    pub command: Command,
+}
+
+/// What the daemon may ask.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Command {
+    /// The first message: who calls, and where the page store's memory file is.
+    Hello {
+        /// The daemon's protocol version.
+        version: u32,
+        /// The daemon's process.
+        pid: i32,
+        /// The memory file's descriptor in that process.
+        store: i32,
+    },
+    /// Make a sandbox and wait until its runtime asks for work.
+    Start(Box<Start>),
+    /// Hand a request to a sandbox and wait for the answer.
+    Invoke {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// The request.
+        request: Request,
+    },
+    /// Kill a sandbox, in whatever state it is.
+    Kill {
+        /// The sandbox.
+        sandbox: SandboxId,
+    },
+    /// Take hold of what brings a frozen sandbox's memory back, before that memory is dropped.
+    Hold {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// Where its image lies in the page store.
+        image: Extent,
+        /// For each process of the image, in order: the daemon's descriptor of the userfaultfd.
+        userfaults: Vec<i32>,
+    },
+    /// Let go of it: the memory has not been dropped after all.
+    Release {
+        /// The sandbox.
+        sandbox: SandboxId,
+    },
+    /// Put a dedup sandbox's memory back and let it run.
+    Restore {
+        /// The sandbox.
+        sandbox: SandboxId,
+    },
+    /// Kill all sandboxes and exit.
+    Stop,
+}
+
+/// How to make a sandbox.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Start {
+    /// Its identity.
+    pub sandbox: SandboxId,
+    /// What it is made of.
+    pub spec: SandboxSpec,
+    /// The port of the Runtime API on the sandbox's loopback.
+    pub port: u16,
+    /// Where its function's log is kept.
+    pub log: PathBuf,
+    /// How large that log may get, bytes.
+    pub log_bytes: u64,
+}
+
+/// From the keeper.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Message {
+    /// The answer to a call.
+    Reply {
+        /// The call's number.
+        number: u64,
+        /// The answer.
+        reply: Reply,
+    },
+    /// A sandbox ended while nobody waited for it.
+    Ended {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// How.
+        how: Ending,
+    },
+}
+
+/// Answers to calls.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Reply {
+    /// It is done.
+    Done,
+    /// It can't be done, and nothing has changed.
+    Refused(String),
+    /// To [`Command::Hello`].
+    Hello {
+        /// The keeper's protocol version.
+        version: u32,
+        /// The keeper's process.
+        pid: i32,
+    },
+    /// To [`Command::Start`]: what came of it.
+    Started(Started),
+    /// To [`Command::Invoke`].
+    Answered(Answer),
+    /// To [`Command::Restore`].
+    Restored(Restored),
+}
+
+/// What came of a start.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Started {
+    /// The runtime waits for the first request.
+    Ready,
+    /// The runtime reported that it can't initialise; the sandbox is gone.
+    InitError(Bytes),
+    /// The process ended before it asked for work.
+    Ended(Ending),
+    /// The sandbox could not be made.
+    Failed(String),
+}
+
+/// What a sandbox answered to a request.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Answer {
+    /// The function's answer.
+    Response(Bytes),
+    /// The function's error document.
+    Error(Bytes),
+    /// The answer was too long and was not taken; its length, bytes.
+    TooLarge(u64),
+    /// The process ended first.
+    Ended(Ending),
+}
+
+/// What a restore did.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Restored {
+    /// Pages put back.
+    pub pages: u64,
+    /// Putting pages back, microseconds.
+    pub pages_us: u64,
+    /// Letting the sandbox run, microseconds.
+    pub thaw_us: u64,
+}
+
+/// How a sandbox's first process ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ending {
+    /// Such as `exit status 1` or `signal: killed`.
+    pub how: String,
+    /// Whether the kernel killed it for its memory limit.
+    pub out_of_memory: bool,
+}
+
+/// Writes one frame.
+///
+/// # Errors
+/// When the connection fails or the message is too long.
+pub async fn write<T: Serialize>(to: &mut (impl AsyncWrite + Unpin), message: &T) -> io::Result<()> {
+    let frame = encode(message)?;
+    to.write_all(&frame).await
+}
+
+/// A message as one frame, ready to be written.
+///
+/// # Errors
+/// When the message is too long.
+pub fn encode<T: Serialize>(message: &T) -> io::Result<Vec<u8>> {
+    let frame = postcard::to_extend(message, vec![0; 4]).map_err(io::Error::other)?;
+    seal(frame)
+}
+
+fn seal(mut frame: Vec<u8>) -> io::Result<Vec<u8>> {
+    let length = u32::try_from(frame.len() - 4).ok().filter(|l| *l <= MAX_FRAME);
+    let length = length.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidInput, "a message is longer than 16 MiB")
+    })?;
+    frame[..4].copy_from_slice(&length.to_le_bytes());
+    Ok(frame)
+}
+
+/// Reads one frame; `None` at the connection's end.
+///
+/// # Errors
+/// When the connection fails or what arrives is no message.
+pub async fn read<T: DeserializeOwned>(
+    from: &mut (impl AsyncRead + Unpin),
+) -> io::Result<Option<T>> {
+    let mut length = [0; 4];
+    match from.read_exact(&mut length).await {
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    let length = u32::from_le_bytes(length);
+    if length > MAX_FRAME {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame is longer than 16 MiB"));
+    }
+    let mut frame = vec![0; length as usize];
+    from.read_exact(&mut frame).await?;
+    let message = postcard::from_bytes(&frame);
+    message.map(Some).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}

@@ -1,0 +1,269 @@
+//! The keeper's own process: one connection to the daemon at a time, commands in, reports out.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use medes_agent::restore::{HeldImage, RestoreBuffers};
+use medes_core::SandboxId;
+use medes_memory::descriptor::take_descriptor;
+use medes_sandbox::CgroupRoot;
+use medes_store::{Extent, View};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use crate::protocol::{self, Call, Command, Message, Reply, Restored, Start, Started, VERSION};
+use crate::sandbox::Held;
+use crate::spawner::Spawner;
+
+/// How a keeper is set up.
+#[derive(Clone, Debug)]
+pub struct KeeperConfig {
+    /// Where its socket is made; only root can connect.
+    pub socket: PathBuf,
+    /// The name of the instance's cgroups.
+    pub cgroup: String,
+}
+
+/// Runs a keeper until it is told to stop, then kills every sandbox.
+///
+/// # Errors
+/// When the socket or the cgroups can't be made.
+pub fn run(config: &KeeperConfig) -> io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("keeper")
+        .enable_all()
+        .build()?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: &KeeperConfig) -> io::Result<()> {
+    // When the host is out of memory, everything else is a better choice than the process that
+    // all sandboxes depend on. Best effort: it needs CAP_SYS_RESOURCE.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
+    let root = CgroupRoot::new(&config.cgroup).map_err(io::Error::other)?;
+    let shared = Arc::new(Shared {
+        spawner: Spawner::new(root)?,
+        sandboxes: Mutex::default(),
+        daemon: Mutex::default(),
+        store: Mutex::default(),
+        buffers: Mutex::default(),
+        stop: Notify::new(),
+    });
+    let listener = bind(&config.socket)?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    // The terminal's signals are for the daemon.
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    tokio::spawn(Arc::clone(&shared).converse(stream));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accepting the daemon's connection");
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                }
+            },
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+            _ = terminate.recv() => break,
+            () = shared.stop.notified() => break,
+        }
+    }
+    drop(listener);
+    let _ = std::fs::remove_file(&config.socket);
+    shared.kill_all().await;
+    Ok(())
+}
+
+fn bind(socket: &PathBuf) -> io::Result<UnixListener> {
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket)?;
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(socket, mode)?;
+    Ok(listener)
+}
+
+struct Shared {
+    spawner: Spawner,
+    sandboxes: Mutex<HashMap<SandboxId, Arc<Held>>>,
+    /// Where reports go: the newest connection.
+    daemon: Mutex<Option<mpsc::UnboundedSender<Message>>>,
+    store: Mutex<Option<Store>>,
+    /// As many as there ever were restores at the same time.
+    buffers: Mutex<Vec<RestoreBuffers>>,
+    stop: Notify,
+}
+
+#[derive(Clone)]
+struct Store {
+    view: Arc<View>,
+    daemon: i32,
+}
+
+impl Shared {
+    async fn converse(self: Arc<Self>, stream: UnixStream) {
+        let (mut from, mut to) = stream.into_split();
+        let (messages, mut queue) = mpsc::unbounded_channel::<Message>();
+        tokio::spawn(async move {
+            while let Some(message) = queue.recv().await {
+                if let Err(error) = protocol::write(&mut to, &message).await {
+                    tracing::warn!(%error, "writing to the daemon");
+                    break;
+                }
+            }
+        });
+        loop {
+            match protocol::read::<Call>(&mut from).await {
+                Ok(Some(Call { number, command })) => {
+                    if let Command::Hello { .. } = command {
+                        *lock(&self.daemon) = Some(messages.clone());
+                    }
+                    let (shared, messages) = (Arc::clone(&self), messages.clone());
+                    tokio::spawn(async move {
+                        let reply = shared.obey(command).await;
+                        let _ = messages.send(Message::Reply { number, reply });
+                    });
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "reading from the daemon");
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn obey(self: Arc<Self>, command: Command) -> Reply {
+        match command {
+            Command::Hello { version, pid, store } => self.hello(version, pid, store),
+            Command::Start(start) => Reply::Started(self.start(*start).await),
+            Command::Invoke { sandbox, request } => {
+                let (answer, answered) = oneshot::channel();
+                match self.find(sandbox).and_then(|held| held.invoke(request, answer)) {
+                    Ok(()) => answered
+                        .await
+                        .map_or_else(|_| refused("the sandbox is gone"), Reply::Answered),
+                    Err(why) => Reply::Refused(why),
+                }
+            }
+            Command::Kill { sandbox } => done(self.find(sandbox).map(|held| held.kill())),
+            Command::Hold { sandbox, image, userfaults } => {
+                done(self.hold(sandbox, image, &userfaults))
+            }
+            Command::Release { sandbox } => done(self.find(sandbox).map(|held| held.release())),
+            Command::Restore { sandbox } => match self.find(sandbox) {
+                Ok(held) => match tokio::task::spawn_blocking(move || self.restore(&held)).await {
+                    Ok(Ok(restored)) => Reply::Restored(restored),
+                    Ok(Err(why)) => Reply::Refused(why),
+                    Err(error) => Reply::Refused(error.to_string()),
+                },
+                Err(why) => Reply::Refused(why),
+            },
+            Command::Stop => {
+                self.kill_all().await;
+                self.stop.notify_one();
+                Reply::Done
+            }
+        }
+    }
+
+    fn hello(&self, version: u32, daemon: i32, store: i32) -> Reply {
+        if version == VERSION {
+            let view = take_descriptor(daemon, store).and_then(View::open);
+            match view {
+                Ok(view) => {
+                    *lock(&self.store) = Some(Store { view: Arc::new(view), daemon });
+                }
+                Err(error) => return Reply::Refused(format!("mapping the page store: {error}")),
+            }
+        }
+        Reply::Hello { version: VERSION, pid: std::process::id() as i32 }
+    }
+
+    async fn start(self: &Arc<Self>, start: Start) -> Started {
+        let Start { sandbox, spec, port, log, log_bytes } = start;
+        let spawned = match self.spawner.spawn(spec, port).await {
+            Ok(spawned) => spawned,
+            Err(why) => return Started::Failed(why),
+        };
+        let (starting, started) = oneshot::channel();
+        let shared = Arc::clone(self);
+        let ended = move |unheard| {
+            lock(&shared.sandboxes).remove(&sandbox);
+            if let Some(how) = unheard
+                && let Some(daemon) = lock(&shared.daemon).as_ref()
+            {
+                let _ = daemon.send(Message::Ended { sandbox, how });
+            }
+        };
+        {
+            // Held from before the sandbox can end until it is in the table, so that its end
+            // finds it there.
+            let mut sandboxes = lock(&self.sandboxes);
+            match Held::take(sandbox, spawned, log, log_bytes, starting, ended) {
+                Ok(held) => sandboxes.insert(sandbox, held),
+                Err(error) => return Started::Failed(error.to_string()),
+            };
+        }
+        started.await.unwrap_or_else(|_| Started::Failed("the sandbox is gone".into()))
+    }
+
+    fn hold(&self, sandbox: SandboxId, image: Extent, userfaults: &[i32]) -> Result<(), String> {
+        let held = self.find(sandbox)?;
+        let store = lock(&self.store).clone().ok_or("no page store: say hello first")?;
+        let userfaults: Result<Vec<_>, _> =
+            userfaults.iter().map(|fd| take_descriptor(store.daemon, *fd)).collect();
+        let userfaults = userfaults.map_err(|e| format!("taking a userfaultfd: {e}"))?;
+        let image =
+            HeldImage::open(store.view, image, userfaults).map_err(|error| error.to_string())?;
+        held.hold(image)
+    }
+
+    /// Restores with buffers that an earlier restore has used, if there are any.
+    fn restore(&self, held: &Held) -> Result<Restored, String> {
+        let mut buffers = lock(&self.buffers).pop().unwrap_or_default();
+        let restored = held.restore(&mut buffers);
+        lock(&self.buffers).push(buffers);
+        restored
+    }
+
+    fn find(&self, sandbox: SandboxId) -> Result<Arc<Held>, String> {
+        let found = lock(&self.sandboxes).get(&sandbox).map(Arc::clone);
+        found.ok_or_else(|| format!("the keeper has no sandbox {sandbox}"))
+    }
+
+    async fn kill_all(&self) {
+        let all: Vec<Arc<Held>> = lock(&self.sandboxes).values().map(Arc::clone).collect();
+        for held in all {
+            held.kill();
+        }
+        for _ in 0..1000 {
+            if lock(&self.sandboxes).is_empty() {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        tracing::error!("sandboxes are left that could not be killed");
+    }
+}
+
+fn done(result: Result<(), String>) -> Reply {
+    result.map_or_else(Reply::Refused, |()| Reply::Done)
+}
+
+fn refused(why: &str) -> Reply {
+    Reply::Refused(why.to_owned())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -1,0 +1,74 @@
+//! One instance at a time, and nothing left of the one before.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use medes_sandbox::CgroupRoot;
+
+use crate::local::NodeError;
+
+/// The right to use a run directory, for as long as this value lives.
+#[derive(Debug)]
+pub(crate) struct InstanceLock {
+    _file: File,
+}
+
+impl InstanceLock {
+    /// Takes the lock of a run directory, making the directory if need be.
+    pub(crate) fn take(run_dir: &Path) -> Result<Self, NodeError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |error| NodeError::File { path, error }
+        };
+        std::fs::create_dir_all(run_dir).map_err(failed(run_dir))?;
+        let path = run_dir.join("lock");
+        let mut options = OpenOptions::new();
+        let file = options.create(true).write(true).truncate(false).open(&path);
+        let file = file.map_err(failed(&path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(TryLockError::WouldBlock) => Err(NodeError::Running(run_dir.to_owned())),
+            Err(TryLockError::Error(error)) => Err(NodeError::File { path, error }),
+        }
+    }
+}
+
+/// Where the keeper's process number is kept, to find one that an earlier daemon left behind.
+pub(crate) fn keeper_pid_file(run_dir: &Path) -> PathBuf {
+    run_dir.join("keeper.pid")
+}
+
+/// Ends whatever an earlier daemon left behind: its keeper, its sandboxes, their cgroups. Returns
+/// how many sandboxes there were.
+pub(crate) fn clean_up(run_dir: &Path, root: &CgroupRoot) -> Result<usize, NodeError> {
+    let pid_file = keeper_pid_file(run_dir);
+    if let Ok(text) = std::fs::read_to_string(&pid_file) {
+        if let Ok(pid) = text.trim().parse::<i32>() {
+            kill_keeper(pid);
+        }
+        let _ = std::fs::remove_file(&pid_file);
+    }
+    let left = root.list()?.len();
+    root.remove_all(Duration::from_secs(10))?;
+    let _ = std::fs::remove_file(run_dir.join("keeper.sock"));
+    Ok(left)
+}
+
+/// Kills the process if it is a keeper; its number may be somebody else's by now.
+fn kill_keeper(pid: i32) {
+    use nix::sys::signal::{Signal, kill};
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let is_keeper = command.split(|b| *b == 0).any(|argument| argument == b"keeper");
+    if is_keeper {
+        let pid = nix::unistd::Pid::from_raw(pid);
+        // Not asked: its sandboxes are killed below in any case, whatever state it is in.
+        let _ = kill(pid, Signal::SIGKILL);
+        for _ in 0..500 {
+            if kill(pid, None).is_err() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The node's sandboxes, and what is known of each.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use medes_core::{DomainId, FunctionId, FunctionName, SandboxId};
+use medes_memory::userfault::UserFault;
+use medes_sandbox::Cgroup;
+use medes_store::ImageHandle;
+use parking_lot::Mutex;
+
+/// What the node knows of a sandbox.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) id: SandboxId,
+    pub(crate) function: FunctionId,
+    pub(crate) name: FunctionName,
+    pub(crate) domain: DomainId,
+    pub(crate) cgroup: Cgroup,
+    pub(crate) host_uid: u32,
+    /// Set to make a dedup operation under way give up.
+    pub(crate) cancel: AtomicBool,
+    /// What a dedup sandbox has in the page store.
+    pub(crate) dedup: Mutex<Option<Deduplicated>>,
+}
+
+/// What a dedup sandbox has outside its own process.
+#[derive(Debug)]
+pub(crate) struct Deduplicated {
+    /// Its image.
+    pub(crate) image: ImageHandle,
+    /// A second holder of its userfaultfds: should the keeper die, missing pages block instead of
+    /// reading as zeros until the sandbox is killed.
+    pub(crate) _userfaults: Vec<UserFault>,
+}
+
+impl Entry {
+    pub(crate) fn cancelled(&self) -> bool {
+        self.cancel.load(Ordering::Acquire)
+    }
+}
+
+/// All sandboxes of the node.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    sandboxes: HashMap<SandboxId, Arc<Entry>>,
+    uids: BTreeSet<u32>,
+}
+
+/// How many user ids sandboxes of a node share among them.
+const UIDS: u32 = 60_000;
+
+impl Table {
+    /// A user id that no other sandbox has.
+    pub(crate) fn take_uid(&self, base: u32) -> Option<u32> {
+        let mut inner = self.inner.lock();
+        let free = (base..base.saturating_add(UIDS)).find(|uid| !inner.uids.contains(uid))?;
+        inner.uids.insert(free);
+        Some(free)
+    }
+
+    pub(crate) fn give_uid_back(&self, uid: u32) {
+        self.inner.lock().uids.remove(&uid);
+    }
+
+    pub(crate) fn insert(&self, entry: Arc<Entry>) {
+        self.inner.lock().sandboxes.insert(entry.id, entry);
+    }
+
+    pub(crate) fn get(&self, id: SandboxId) -> Option<Arc<Entry>> {
+        self.inner.lock().sandboxes.get(&id).cloned()
+    }
+
+    /// Forgets a sandbox; what it held is the caller's to give back.
+    pub(crate) fn remove(&self, id: SandboxId) -> Option<Arc<Entry>> {
+        let mut inner = self.inner.lock();
+        let entry = inner.sandboxes.remove(&id)?;
+        inner.uids.remove(&entry.host_uid);
+        Some(entry)
+    }
+
+    pub(crate) fn all(&self) -> Vec<Arc<Entry>> {
+        self.inner.lock().sandboxes.values().cloned().collect()
+    }
+}
