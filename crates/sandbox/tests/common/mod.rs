@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{PipeReader, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -164,4 +165,9 @@ pub fn processes_of(uid: u32) -> Vec<i32> {
         }
     }
     found
+}
+
+/// Lets every user read a directory; temporary ones are their maker's alone.
+pub fn open_to_all(dir: &Path) {
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
 }
