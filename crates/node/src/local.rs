@@ -176,8 +176,9 @@ async fn listen(
             } else {
                 ending.how
             };
-            shared.forget(sandbox);
-            let _ = shared.events.send(NodeEvent::Gone { sandbox, how });
+            if shared.forget(sandbox) {
+                let _ = shared.events.send(NodeEvent::Gone { sandbox, how });
+            }
         }
         if shared.closing.load(Ordering::Acquire) {
             return;
@@ -191,9 +192,10 @@ async fn listen(
             tracing::error!(%error, "killing sandboxes");
         }
         for entry in shared.table.all() {
-            shared.forget(entry.id);
-            let how = "the keeper ended".to_owned();
-            let _ = shared.events.send(NodeEvent::Gone { sandbox: entry.id, how });
+            if shared.forget(entry.id) {
+                let how = "the keeper ended".to_owned();
+                let _ = shared.events.send(NodeEvent::Gone { sandbox: entry.id, how });
+            }
         }
         loop {
             match launch(&shared.config, &shared.store).await {
@@ -216,13 +218,14 @@ impl Shared {
         self.keeper.read().clone()
     }
 
-    /// Gives back what a sandbox that is no more had here.
-    pub(crate) fn forget(&self, sandbox: SandboxId) {
-        if let Some(entry) = self.table.remove(sandbox)
-            && let Some(dedup) = entry.dedup.lock().take()
-        {
+    /// Gives back what a sandbox that is no more had here. Returns whether its end is news: it was
+    /// known, and nobody killed it on purpose.
+    pub(crate) fn forget(&self, sandbox: SandboxId) -> bool {
+        let Some(entry) = self.table.remove(sandbox) else { return false };
+        if let Some(dedup) = entry.dedup.lock().take() {
             self.store.remove_image(dedup.image);
         }
+        !entry.doomed.load(Ordering::Acquire)
     }
 
     fn log_directory(&self, function: &FunctionSpec) -> PathBuf {
@@ -243,6 +246,7 @@ impl Shared {
     /// Kills a sandbox and waits until nothing is left of it.
     async fn kill(&self, sandbox: SandboxId) {
         let Some(entry) = self.table.get(sandbox) else { return };
+        entry.doomed.store(true, Ordering::Release);
         if self.keeper().order(Command::Kill { sandbox }).await.is_err() {
             // The keeper may not know it (any more); the cgroup does.
             let cgroup = entry.cgroup.clone();
@@ -285,6 +289,7 @@ impl Shared {
             cgroup,
             host_uid,
             cancel: false.into(),
+            doomed: false.into(),
             dedup: parking_lot::Mutex::new(None),
         }));
         let log = self.log_directory(function);

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use medes_core::{DomainId, FunctionId, FunctionName, SandboxId};
 use medes_memory::userfault::UserFault;
@@ -21,6 +21,8 @@ pub(crate) struct Entry {
     pub(crate) host_uid: u32,
     /// Set to make a dedup operation under way give up.
     pub(crate) cancel: AtomicBool,
+    /// Set before the sandbox is killed on purpose: its end is no news then.
+    pub(crate) doomed: AtomicBool,
     /// What a dedup sandbox has in the page store.
     pub(crate) dedup: Mutex<Option<Deduplicated>>,
 }
@@ -33,12 +35,6 @@ pub(crate) struct Deduplicated {
     /// A second holder of its userfaultfds: should the keeper die, missing pages block instead of
     /// reading as zeros until the sandbox is killed.
     pub(crate) _userfaults: Vec<UserFault>,
-}
-
-impl Entry {
-    pub(crate) fn cancelled(&self) -> bool {
-        self.cancel.load(Ordering::Acquire)
-    }
 }
 
 /// All sandboxes of the node.
