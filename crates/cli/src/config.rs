@@ -70,6 +70,10 @@ pub struct Node {
     pub log_bytes_per_function: Size,
     /// The size of a sandbox's private scratch, its `/tmp`.
     pub scratch_size: Size,
+    /// The most processes and threads that a sandbox may have.
+    pub pids_max: u32,
+    /// How long a runtime may take until it asks for its first request.
+    pub init_timeout: Period,
 }
 
 impl Default for Node {
@@ -83,6 +87,8 @@ impl Default for Node {
             store_capacity: MemoryAmount::Percent(40),
             log_bytes_per_function: Size::mib(8),
             scratch_size: Size::mib(512),
+            pids_max: 1024,
+            init_timeout: Period::secs(60),
         }
     }
 }
@@ -139,11 +145,13 @@ pub struct Dedup {
     pub chunk_size: u32,
     /// Dedup sandboxes per base sandbox before a function gets another base (T in the paper).
     pub base_threshold: u32,
+    /// Threads that one dedup operation uses.
+    pub workers: u32,
 }
 
 impl Default for Dedup {
     fn default() -> Self {
-        Self { cardinality: 5, chunk_size: 64, base_threshold: 40 }
+        Self { cardinality: 5, chunk_size: 64, base_threshold: 40, workers: 1 }
     }
 }
 
@@ -252,6 +260,8 @@ const COMMENTS: &[(&str, &[(&str, &str)])] = &[
             ),
             ("log_bytes_per_function", "What is kept of each function's log."),
             ("scratch_size", "The size of a sandbox's private scratch, its /tmp."),
+            ("pids_max", "The most processes and threads that a sandbox may have."),
+            ("init_timeout", "How long a runtime may take until it asks for its first request."),
         ],
     ),
     (
@@ -277,6 +287,7 @@ const COMMENTS: &[(&str, &[(&str, &str)])] = &[
                 "base_threshold",
                 "Dedup sandboxes per base sandbox before a function gets another base.",
             ),
+            ("workers", "Threads that one dedup operation uses."),
         ],
     ),
     (
@@ -401,6 +412,7 @@ impl Config {
             "dedup.chunk_size",
             "must be 32, 64 or 128",
         )?;
+        is(self.dedup.workers > 0, "dedup.workers", "must be 1 or more")?;
         is(self.dedup.base_threshold > 0, "dedup.base_threshold", "must be 1 or more")?;
         is(self.lifecycle.max_dedups > 0, "lifecycle.max_dedups", "must be 1 or more")
     }

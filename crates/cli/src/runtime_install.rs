@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
+use medes_node::RuntimeRecord;
+use serde::Deserialize;
 
 /// What is installed for a Python runtime: AWS's runtime interface client and what it needs.
 /// Exact versions, so that every installation of one release of Medes is the same.
@@ -25,28 +26,6 @@ const OLDEST: (u32, u32) = (3, 10);
 
 /// Directories of the host that every sandbox sees, so that what lies there needs no mount.
 const ALWAYS_THERE: &[&str] = &["/usr", "/lib", "/lib64", "/bin", "/etc"];
-
-/// The record of an installed runtime.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct RuntimeRecord {
-    /// The runtime's name, such as `python3.11`.
-    pub name: String,
-    /// How the runtime speaks with the platform: `aws-lambda-python`.
-    pub kind: String,
-    /// The interpreter, with all symbolic links resolved.
-    pub interpreter: PathBuf,
-    /// The interpreter's installation prefix.
-    pub prefix: PathBuf,
-    /// The directory with the runtime interface client.
-    pub ric: PathBuf,
-    /// The interpreter's version, such as `3.11.7`.
-    pub version: String,
-    /// Directories that the interpreter needs and a sandbox does not have anyway; they are
-    /// mounted read-only at the same path.
-    pub mounts: Vec<PathBuf>,
-    /// The packages in `ric`, with their versions.
-    pub packages: Vec<String>,
-}
 
 /// What an interpreter says of itself.
 #[derive(Clone, Debug, Deserialize)]

@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
-use medes_core::{FunctionName, Layout, MemoryUse, SandboxId, SandboxState};
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer};
+use medes_core::{FunctionName, Layout, MemoryUse, SandboxState};
+use serde::Deserialize;
 
 /// One function, as `GET /v1/functions` lists it.
 #[derive(Clone, Debug, Deserialize)]
@@ -53,9 +52,8 @@ pub struct Functions {
 /// One sandbox, as `GET /v1/sandboxes` lists it.
 #[derive(Clone, Debug, Deserialize)]
 pub struct SandboxView {
-    /// Its identifier.
-    #[serde(deserialize_with = "sandbox_id")]
-    pub id: SandboxId,
+    /// Its identifier; `-` while it is being started.
+    pub id: String,
     /// Whose sandbox it is.
     pub function: FunctionName,
     /// Its state.
@@ -91,8 +89,7 @@ pub struct Sandboxes {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Done {
     /// The sandbox.
-    #[serde(deserialize_with = "sandbox_id")]
-    pub sandbox: SandboxId,
+    pub sandbox: String,
     /// The operation's report.
     #[serde(default)]
     pub report: Option<serde_json::Value>,
@@ -175,11 +172,6 @@ pub struct ErrorDetail {
     pub code: String,
     /// What went wrong and the way out.
     pub message: String,
-}
-
-/// An identifier in its text form, 16 hexadecimal digits.
-fn sandbox_id<'de, D: Deserializer<'de>>(d: D) -> Result<SandboxId, D::Error> {
-    String::deserialize(d)?.parse().map_err(D::Error::custom)
 }
 
 /// Milliseconds as a span of time.

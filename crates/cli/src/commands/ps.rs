@@ -62,7 +62,7 @@ impl PsCommand {
 
 fn human(sandboxes: &[SandboxView]) -> String {
     let mut rows: Vec<_> = sandboxes.iter().collect();
-    rows.sort_by(|a, b| (&a.function, b.age_ms, a.id).cmp(&(&b.function, a.age_ms, b.id)));
+    rows.sort_by(|a, b| (&a.function, b.age_ms, &a.id).cmp(&(&b.function, a.age_ms, &b.id)));
     let body = table(
         &[
             "FUNCTION",
@@ -78,7 +78,7 @@ fn human(sandboxes: &[SandboxView]) -> String {
         rows.iter().map(|s| {
             vec![
                 s.function.to_string(),
-                s.id.to_string(),
+                s.id.clone(),
                 s.state.to_string(),
                 span(ms(s.age_ms)),
                 s.idle_ms.map_or_else(|| "-".to_owned(), |t| span(ms(t))),

@@ -99,7 +99,7 @@ impl Target {
         // A function may have a name that looks like a sandbox's, so ask which one it is.
         if let Ok(id) = target.as_str().parse::<SandboxId>() {
             let list: Sandboxes = client.get("/v1/sandboxes")?;
-            if list.sandboxes.iter().any(|s| s.id == id) {
+            if list.sandboxes.iter().any(|s| s.id == target.as_str()) {
                 return Ok(vec![on_sandbox(client, id, operation)?]);
             }
         }
@@ -148,7 +148,7 @@ fn human(results: &[Done], operation: Operation) -> String {
 }
 
 fn line(done: &Done, operation: Operation) -> String {
-    let id = done.sandbox;
+    let id = &done.sandbox;
     if let Some(error) = done.error_text() {
         return format!("{id}  {}\n", plain(&error));
     }

@@ -2,21 +2,18 @@
 
 use std::path::Path;
 
+use medes_memory::features::KernelFeatures;
 use nix::unistd::geteuid;
 
 use super::Verdict::{Fail, Note, Warn};
 use super::{Check, read, read_number};
 
-/// The oldest kernel that the platform runs on.
-const OLDEST: (u32, u32) = (5, 15);
-
 /// All checks of this module.
 pub fn checks() -> Vec<Check> {
-    vec![
-        root(),
-        release(),
-        architecture(),
-        userfaultfd(),
+    let features = KernelFeatures::probe();
+    let mut checks = vec![root(), release(&features), architecture()];
+    checks.extend(dedup(&features));
+    checks.extend([
         ptrace(),
         freezer(),
         controllers(),
@@ -27,7 +24,8 @@ pub fn checks() -> Vec<Check> {
         zswap(),
         zram(),
         pressure(),
-    ]
+    ]);
+    checks
 }
 
 fn root() -> Check {
@@ -44,31 +42,29 @@ fn root() -> Check {
     )
 }
 
-/// Major and minor number of a kernel release such as `6.1.0-28-amd64`.
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut parts = release.split(|c: char| !c.is_ascii_digit());
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+fn release(features: &KernelFeatures) -> Check {
+    Check::ok("kernel", features.release.clone())
 }
 
-fn release() -> Check {
-    let found = read("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".to_owned());
-    match version(&found) {
-        Some(v) if v >= (6, 7) => Check::ok("kernel", found),
-        Some(v) if v >= OLDEST => Check::not(
-            Warn,
-            "kernel",
-            found,
-            "no PAGEMAP_SCAN (6.7): finding a sandbox's pages takes longer",
-            "use Linux 6.7 or newer",
-        ),
-        _ => Check::not(
-            Fail,
-            "kernel",
-            found,
-            "too old: the platform relies on calls of Linux 5.15",
-            "use Linux 5.15 or newer, best 6.7 or newer",
-        ),
+/// What dedup and restore are made of. One check for all of it if it is there, else one for each
+/// part that is missing.
+fn dedup(features: &KernelFeatures) -> Vec<Check> {
+    let missing = features.missing();
+    if missing.is_empty() {
+        return vec![Check::ok("dedup", "userfaultfd, page scans and all else that it uses")];
     }
+    missing
+        .into_iter()
+        .map(|m| {
+            let (verdict, consequence) = if m.required {
+                (Fail, "no sandbox can be deduplicated")
+            } else {
+                (Warn, "dedup works, but less well than it could, or not for every sandbox")
+            };
+            let found = format!("{} is missing", m.what);
+            Check::not(verdict, "dedup", found, consequence, m.remedy)
+        })
+        .collect()
 }
 
 fn architecture() -> Check {
@@ -83,29 +79,6 @@ fn architecture() -> Check {
         "system calls are injected into sandboxes with x86-64's registers",
         "use an x86-64 machine",
     )
-}
-
-fn userfaultfd() -> Check {
-    let device = Path::new("/dev/userfaultfd").exists();
-    // The parameter exists exactly when the system call was built in.
-    let call = Path::new("/proc/sys/vm/unprivileged_userfaultfd").exists();
-    match (call, device) {
-        (_, true) => Check::ok("userfaultfd", "/dev/userfaultfd"),
-        (true, false) => Check::not(
-            Warn,
-            "userfaultfd",
-            "the system call, no /dev/userfaultfd",
-            "an unprivileged process can't be handed a userfaultfd through the device (6.1)",
-            "use Linux 6.1 or newer, or in a container: --device /dev/userfaultfd",
-        ),
-        (false, false) => Check::not(
-            Fail,
-            "userfaultfd",
-            "not in this kernel",
-            "dropped memory could not be put back: no dedup",
-            "use a kernel with CONFIG_USERFAULTFD",
-        ),
-    }
 }
 
 fn ptrace() -> Check {
@@ -278,22 +251,4 @@ fn pressure() -> Check {
         return Check::ok("pressure", "stall information (PSI)");
     }
     Check::not(Note, "pressure", "no stall information (PSI)", "", "boot with psi=1")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::version;
-
-    #[test]
-    fn releases_of_distributions_are_understood() {
-        for (release, expected) in [
-            ("6.18.44-fc-v657", Some((6, 18))),
-            ("6.1.0-28-amd64", Some((6, 1))),
-            ("5.15.0-1063-aws", Some((5, 15))),
-            ("7.0", Some((7, 0))),
-            ("unknown", None),
-        ] {
-            assert_eq!(version(release), expected, "{release}");
-        }
-    }
 }
