@@ -348,8 +348,7 @@ impl Operation<'_> {
             let snapshot = encoded.held.get(&at.snapshot);
             u64::from(snapshot.is_some_and(|s| s.function() != self.subject.function))
         };
-        let mut counts =
-            Counts { patch_bytes: encoded.patches.len() as u64, ..Counts::default() };
+        let mut counts = Counts { patch_bytes: encoded.patches.len() as u64, ..Counts::default() };
         for source in &encoded.sources {
             counts.pages += 1;
             match source {
@@ -392,9 +391,9 @@ impl Operation<'_> {
         };
         let descriptors: Vec<BorrowedFd<'_>> = userfaults.iter().map(AsFd::as_fd).collect();
         let held = self.holder.hold(&image, &descriptors).map_err(Hindrance::Holder);
-        let held = held.map_err(DedupError::from).and_then(|()| {
-            self.check_cancelled().inspect_err(|_| self.holder.release())
-        });
+        let held = held
+            .map_err(DedupError::from)
+            .and_then(|()| self.check_cancelled().inspect_err(|_| self.holder.release()));
         if let Err(error) = held {
             let released = userfaults.iter_mut().try_for_each(UserFault::unregister_all);
             self.store.remove_image(image);
@@ -446,7 +445,7 @@ impl Operation<'_> {
             }
         }
         let options = UserFaultOptions {
-            features: UserFaultFeatures::NONE,
+            features: UserFaultFeatures::EVENTS,
             keep_in_target: false,
             without_privilege: false,
         };

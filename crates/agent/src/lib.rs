@@ -10,5 +10,8 @@
 pub mod dedup;
 pub mod encode;
 pub mod image;
+pub mod index;
 pub mod plan;
 pub mod restore;
+pub mod view;
+pub mod working_set;

@@ -1,24 +1,36 @@
-//! The restore operation: putting a dedup sandbox's pages back.
+//! The restore operation: a dedup sandbox runs again, and its pages come back.
 //!
-//! Everything it needs is in the image and in the page store's memory file; nobody is asked. Pages
-//! equal to base pages are copied by the kernel straight out of the memory file, run by run;
-//! patches are decoded into a small buffer that stays warm. Pages of private file mappings go
-//! through `/proc/PID/mem`, since a userfaultfd does not cover them.
+//! Everything it needs is in the image and in the page store's memory file; nobody is asked.
+//! [`HeldImage::revive`] puts back what must be there before the sandbox runs: the pages of private
+//! file mappings, which a userfaultfd does not cover, and the working set. The rest stays away
+//! until it is touched ([`AddressSpace::serve`]) or filled in ([`AddressSpace::fill`]).
 
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use medes_memory::pages::{PageClass, PageRun};
-use medes_memory::userfault::{CopyMode, FillError, UserFault, UserFaultFeatures};
+use medes_memory::userfault::{CopyMode, Event, FillError, UserFault, UserFaultFeatures};
 use medes_memory::writer::{WriteError, write_pages};
 use medes_pages::{DecodeError, Decoder, PAGE_SIZE, Page};
-use medes_store::{Extent, SnapshotRecord, View};
+use medes_store::{Extent, View};
 
-use crate::image::{ImageError, PatchUse, ProcessTable, Source, Table};
+use crate::image::ImageError;
+use crate::index::{ImageIndex, Piece};
+use crate::view::{AddressView, Belongs};
+
+const PAGE: u64 = PAGE_SIZE as u64;
+
+/// The kernel's error number for a process that is gone.
+const ESRCH: i32 = 3;
 
 /// Pages decoded before they are copied in one call: enough to make the call cheap, few enough to
 /// stay in the processor's cache.
 const BATCH: usize = 64;
+
+/// Pages put back around one that a thread waits for. A page costs 1.3 us in a batch and 6.6 us
+/// when a thread has to wait for it, so a few that might not be needed are cheap.
+pub const NEIGHBOURS: u64 = 4;
 
 /// Why a restore failed. The sandbox has part of its pages then, and may not run.
 #[derive(Debug, thiserror::Error)]
@@ -51,9 +63,20 @@ pub enum RestoreError {
     /// The kernel did not take a page of a private file mapping.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// The userfaultfd can't be read.
+    #[error("reading what the process does: {0}")]
+    Events(std::io::Error),
     /// The userfaultfd could not be released.
     #[error("releasing the userfaultfd: {0}")]
     Release(std::io::Error),
+}
+
+impl RestoreError {
+    /// Whether it only says that the process has ended.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Fill(FillError::Gone) | Self::Write(WriteError::Gone(_)))
+    }
 }
 
 /// What a restore needs for working, worth keeping from one to the next: memory that was used
@@ -61,11 +84,13 @@ pub enum RestoreError {
 pub struct RestoreBuffers {
     decoder: Decoder,
     pages: Vec<Page>,
+    events: Vec<Event>,
 }
 
 impl Default for RestoreBuffers {
     fn default() -> Self {
-        Self { decoder: Decoder::new(), pages: vec![[0; PAGE_SIZE]; BATCH] }
+        let pages = vec![[0; PAGE_SIZE]; BATCH];
+        Self { decoder: Decoder::new(), pages, events: Vec::new() }
     }
 }
 
@@ -87,157 +112,335 @@ impl HeldImage {
         image: Extent,
         userfaults: Vec<OwnedFd>,
     ) -> Result<Self, RestoreError> {
-        let (table, _) = Table::decode(view.bytes(image))?;
-        let (descriptors, processes) = (userfaults.len(), table.processes.len());
+        let index = ImageIndex::open(Arc::clone(&view), image)?;
+        let (descriptors, processes) = (userfaults.len(), index.table().processes.len());
         if descriptors != processes {
             return Err(RestoreError::Descriptors { descriptors, processes });
-        }
-        let bases = BasePages::open(&view, &table)?;
-        for run in table.processes.iter().flat_map(|p| &p.runs) {
-            match &run.source {
-                Source::Base { snapshot, page, pages } => {
-                    for page in *page..*page + *pages {
-                        bases.slot(*snapshot, page)?;
-                    }
-                }
-                Source::Patches(patches) => {
-                    for (snapshot, page) in patches.iter().filter_map(|p| p.base) {
-                        bases.slot(snapshot, page)?;
-                    }
-                }
-            }
         }
         Ok(Self { view, image, userfaults })
     }
 
-    /// Puts all pages back and releases the userfaultfds. Returns how many pages there were. The
-    /// sandbox must be frozen; it may be thawed if this succeeds, and must be killed if not.
+    /// Puts back what must be there before the sandbox runs: pages of private file mappings, and
+    /// of the rest those in `working_set`, which lists ranges of addresses per process, in the
+    /// image's order. The sandbox must be frozen. It may be thawed if this succeeds, as long as
+    /// the answer's address spaces are served; it must be killed if not.
     ///
     /// # Errors
     /// [`RestoreError`].
-    pub fn restore(self, buffers: &mut RestoreBuffers) -> Result<u64, RestoreError> {
-        let (table, mut patches) = Table::decode(self.view.bytes(self.image))?;
-        let bases = BasePages::open(&self.view, &table)?;
+    pub fn revive(
+        self,
+        working_set: &[Vec<Range<u64>>],
+        buffers: &mut RestoreBuffers,
+    ) -> Result<Revived, RestoreError> {
+        let index = Arc::new(ImageIndex::open(self.view, self.image)?);
         let mut pages = 0;
-        for (process, userfault) in table.processes.iter().zip(self.userfaults) {
-            let registered = process.registered.iter().map(|(start, len)| *start..start + len);
-            let mut userfault = UserFault::from_parts(
-                userfault,
-                UserFaultFeatures::NONE,
-                registered.collect(),
-                None,
-            );
-            pages += fill(process, &userfault, &bases, &mut patches, buffers)?;
-            userfault.unregister_all().map_err(RestoreError::Release)?;
+        let mut spaces = Vec::with_capacity(self.userfaults.len());
+        for (process, userfault) in self.userfaults.into_iter().enumerate() {
+            let table = &index.table().processes[process];
+            let registered: Vec<Range<u64>> =
+                table.registered.iter().map(|(start, length)| *start..start + length).collect();
+            let view = AddressView::new(&registered);
+            let features = UserFaultFeatures::EVENTS;
+            let userfault = UserFault::from_parts(userfault, features, registered, None);
+            pages += write_file_pages(&index, process, buffers)?;
+            let state = State { userfault, view, filled_to: 0 };
+            let space = AddressSpace { index: Arc::clone(&index), process, state: state.into() };
+            if let Some(ranges) = working_set.get(process) {
+                for range in ranges {
+                    pages += space.put_back(range.clone(), buffers)?;
+                }
+            }
+            spaces.push(Arc::new(space));
         }
-        Ok(pages)
+        Ok(Revived { spaces, pages })
     }
 }
 
-fn fill(
-    process: &ProcessTable,
-    userfault: &UserFault,
-    bases: &BasePages<'_>,
-    patches: &mut &[u8],
-    buffers: &mut RestoreBuffers,
-) -> Result<u64, RestoreError> {
-    let put = |address: u64, file: bool, content: &[u8]| -> Result<(), RestoreError> {
-        if file {
-            let pages = (content.len() / PAGE_SIZE) as u32;
-            let run = PageRun { start: address, pages, class: PageClass::FileCow };
-            write_pages(process.pid, &[run], content)?;
-        } else {
-            userfault.copy(address, content, CopyMode::default())?;
+/// A sandbox whose memory is on its way back.
+pub struct Revived {
+    /// Its address spaces, in the image's order of processes. Each has to be served until it is
+    /// filled.
+    pub spaces: Vec<Arc<AddressSpace>>,
+    /// Pages that were put back so far.
+    pub pages: u64,
+}
+
+/// The memory of one process, partly restored.
+pub struct AddressSpace {
+    index: Arc<ImageIndex>,
+    process: usize,
+    state: Mutex<State>,
+}
+
+struct State {
+    userfault: UserFault,
+    view: AddressView,
+    /// Filling has put back everything below this address.
+    filled_to: u64,
+}
+
+/// What serving an address space once did.
+#[derive(Default)]
+pub struct Served {
+    /// Faults answered.
+    pub faults: u64,
+    /// Pages put back for them.
+    pub pages: u64,
+    /// The pages, by their addresses in the image, that threads waited for.
+    pub touched: Vec<u64>,
+    /// Address spaces of children that were forked.
+    pub children: Vec<Arc<AddressSpace>>,
+}
+
+impl AddressSpace {
+    /// Which process of the image it belongs to; a forked child has its parent's.
+    #[must_use]
+    pub fn process(&self) -> usize {
+        self.process
+    }
+
+    /// Follows what the process reports and answers its faults; does not wait for any.
+    ///
+    /// # Errors
+    /// [`RestoreError`]. [`RestoreError::is_gone`] when the process has ended; after any other
+    /// error it must be killed, for a thread may wait for ever.
+    pub fn serve(
+        &self,
+        buffers: &mut RestoreBuffers,
+        served: &mut Served,
+    ) -> Result<(), RestoreError> {
+        let mut state = self.lock();
+        self.serve_locked(&mut state, buffers, served)
+    }
+
+    fn serve_locked(
+        &self,
+        state: &mut State,
+        buffers: &mut RestoreBuffers,
+        served: &mut Served,
+    ) -> Result<(), RestoreError> {
+        let mut events = std::mem::take(&mut buffers.events);
+        let mut waiting: Vec<u64> = Vec::new();
+        let result = loop {
+            events.clear();
+            match state.userfault.read_events(&mut events) {
+                Ok(0) if waiting.is_empty() => break Ok(()),
+                Ok(_) => {}
+                Err(error) => break Err(RestoreError::Events(error)),
+            }
+            // Changes first: each one precedes, for the thread that made it, whatever it touches
+            // afterwards, and a page may only be put where it belongs by now.
+            for event in events.drain(..) {
+                match event {
+                    Event::Fault { address, .. } => waiting.push(address & !(PAGE - 1)),
+                    Event::Remap { from, to, len } => {
+                        state.view.remap(from, to, len);
+                        // What moved may lie where filling has been already.
+                        state.filled_to = 0;
+                    }
+                    Event::Remove(range) => state.view.remove(range),
+                    Event::Unmap(range) => state.view.unmap(range),
+                    Event::Fork { child } => {
+                        served.children.push(Arc::new(self.child(state, child)))
+                    }
+                }
+            }
+            match self.answer(state, &mut waiting, buffers, served) {
+                Ok(()) => {}
+                // It changes its mappings and waits for us to read of it.
+                Err(RestoreError::Fill(FillError::Changing { .. })) => {}
+                Err(error) => break Err(error),
+            }
+        };
+        buffers.events = events;
+        result
+    }
+
+    /// Answers the faults in `waiting`; those that could not be answered stay in it.
+    fn answer(
+        &self,
+        state: &mut State,
+        waiting: &mut Vec<u64>,
+        buffers: &mut RestoreBuffers,
+        served: &mut Served,
+    ) -> Result<(), RestoreError> {
+        while let Some(&address) = waiting.last() {
+            match state.view.at(address) {
+                Belongs::Image(origin) => {
+                    let block = address & !(NEIGHBOURS * PAGE - 1);
+                    let near = state.view.around(address, block..block + NEIGHBOURS * PAGE);
+                    served.pages += self.put_back_locked(state, near, buffers)?;
+                    served.touched.push(origin);
+                    // A page that is in no run is zero.
+                    self.zero(state, address)?;
+                }
+                Belongs::Zeros | Belongs::Nothing => self.zero(state, address)?,
+            }
+            served.faults += 1;
+            waiting.pop();
         }
         Ok(())
-    };
-    let mut pages = 0;
-    for run in &process.runs {
-        pages += u64::from(run.pages());
-        match &run.source {
-            Source::Base { snapshot, page, pages } => {
-                let mut address = run.address;
-                let mut page = *page;
-                let end = page + pages;
-                while page < end {
-                    let content = bases.contiguous(*snapshot, page, end)?;
-                    put(address, run.file, content)?;
-                    address += content.len() as u64;
-                    page += (content.len() / PAGE_SIZE) as u32;
+    }
+
+    /// Makes sure that there is a page at `address`: of zeros, if there is none.
+    fn zero(&self, state: &State, address: u64) -> Result<(), RestoreError> {
+        match state.userfault.zeropage(address..address + PAGE, false) {
+            Ok(filled) => {
+                if filled.present > 0 {
+                    // Somebody else was faster; whoever waits has not been told.
+                    let _ = state.userfault.wake(address..address + PAGE);
                 }
+                Ok(())
             }
-            Source::Patches(list) => {
-                let mut address = run.address;
-                for batch in list.chunks(BATCH) {
-                    for (patch, page) in batch.iter().zip(&mut buffers.pages) {
-                        decode(patch, patches, bases, &mut buffers.decoder, page)?;
-                    }
-                    let content = buffers.pages[..batch.len()].as_flattened();
-                    put(address, run.file, content)?;
-                    address += content.len() as u64;
-                }
+            // Unmapped since the fault: the thread faults again, and finds out by itself.
+            Err(FillError::NotRegistered { .. }) => {
+                let _ = state.userfault.wake(address..address + PAGE);
+                Ok(())
             }
+            Err(error) => Err(error.into()),
         }
     }
-    Ok(pages)
-}
 
-fn decode(
-    patch: &PatchUse,
-    patches: &mut &[u8],
-    bases: &BasePages<'_>,
-    decoder: &mut Decoder,
-    page: &mut Page,
-) -> Result<(), RestoreError> {
-    if patch.length == 0 {
-        page.fill(0);
-        return Ok(());
+    /// Puts the pages of a range back, those that are not there yet. Returns how many there were.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::serve`].
+    pub fn put_back(
+        &self,
+        range: Range<u64>,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<u64, RestoreError> {
+        let mut state = self.lock();
+        self.put_back_locked(&mut state, range, buffers)
     }
-    let base = patch.base.map(|(snapshot, page)| bases.page(snapshot, page)).transpose()?;
-    let (bytes, rest) = patches
-        .split_at_checked(usize::from(patch.length))
-        .ok_or(ImageError::Broken("patches beyond the end"))?;
-    *patches = rest;
-    Ok(decoder.decode(bytes, base, page)?)
-}
 
-/// The base pages that an image refers to, in the memory file.
-struct BasePages<'a> {
-    view: &'a View,
-    records: Vec<SnapshotRecord<'a>>,
-}
+    /// `range` must lie within one piece of the view.
+    fn put_back_locked(
+        &self,
+        state: &mut State,
+        range: Range<u64>,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<u64, RestoreError> {
+        let Belongs::Image(origin) = state.view.at(range.start) else { return Ok(0) };
+        let shift = range.start.wrapping_sub(origin);
+        let of_image = origin..origin + (range.end - range.start);
+        let userfault = &state.userfault;
+        let mut pages = 0;
+        for_each_content(
+            &self.index,
+            self.process,
+            of_image,
+            buffers,
+            |address, file, content| {
+                if !file {
+                    pages += (content.len() / PAGE_SIZE) as u64;
+                    userfault.copy(address.wrapping_add(shift), content, CopyMode::default())?;
+                }
+                Ok(())
+            },
+        )?;
+        Ok(pages)
+    }
 
-impl<'a> BasePages<'a> {
-    fn open(view: &'a View, table: &Table) -> Result<Self, ImageError> {
-        let record = |used: &crate::image::SnapshotUse| {
-            let inside =
-                used.record.start.checked_add(used.record.pages).is_some_and(|e| e <= view.pages());
-            let record = inside.then(|| SnapshotRecord::parse(view.bytes(used.record))).flatten();
-            record.filter(|r| r.id() == used.id).ok_or(ImageError::Broken("a snapshot's table"))
+    /// Puts back up to `pages` more pages, in the order of addresses. Returns whether all are back
+    /// now; then the userfaultfd has been released, and nothing is left to serve.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::serve`].
+    pub fn fill(
+        &self,
+        pages: u64,
+        buffers: &mut RestoreBuffers,
+        served: &mut Served,
+    ) -> Result<bool, RestoreError> {
+        let mut state = self.lock();
+        self.serve_locked(&mut state, buffers, served)?;
+        let from = state.filled_to;
+        let mut ranges = state.view.ranges().filter(|(r, _)| r.end > from);
+        let Some((range, _)) = ranges.next() else {
+            drop(ranges);
+            return match state.userfault.unregister_all() {
+                Ok(()) => Ok(true),
+                Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(true),
+                Err(error) => Err(RestoreError::Release(error)),
+            };
         };
-        let records = table.snapshots.iter().map(record).collect::<Result<_, _>>()?;
-        Ok(Self { view, records })
-    }
-
-    fn slot(&self, snapshot: u16, page: u32) -> Result<u32, RestoreError> {
-        let record = self.records.get(usize::from(snapshot));
-        record
-            .and_then(|r| r.slot(page))
-            .filter(|slot| *slot < self.view.pages())
-            .ok_or(RestoreError::NoBasePage { snapshot, page })
-    }
-
-    fn page(&self, snapshot: u16, page: u32) -> Result<&'a Page, RestoreError> {
-        Ok(self.view.page(self.slot(snapshot, page)?))
-    }
-
-    /// As many pages from `page` on, before `end`, as lie one after the other in the memory file.
-    fn contiguous(&self, snapshot: u16, page: u32, end: u32) -> Result<&'a [u8], RestoreError> {
-        let start = self.slot(snapshot, page)?;
-        let mut pages = 1;
-        while page + pages < end && self.slot(snapshot, page + pages)? == start + pages {
-            pages += 1;
+        drop(ranges);
+        let start = range.start.max(from);
+        let end = range.end.min(start + pages * PAGE);
+        match self.put_back_locked(&mut state, start..end, buffers) {
+            Ok(_) => state.filled_to = end,
+            // Tried again after reading what it does.
+            Err(RestoreError::Fill(FillError::Changing { .. })) => {}
+            Err(error) => return Err(error),
         }
-        Ok(self.view.bytes(Extent { start, pages }))
+        Ok(false)
     }
+
+    fn child(&self, state: &State, userfault: OwnedFd) -> Self {
+        let registered = state.userfault.registered().to_vec();
+        let features = state.userfault.features();
+        let userfault = UserFault::from_parts(userfault, features, registered, None);
+        let view = state.view.clone();
+        let state = State { userfault, view, filled_to: 0 };
+        Self { index: Arc::clone(&self.index), process: self.process, state: state.into() }
+    }
+
+    /// Calls `then` with the descriptor to wait on.
+    pub fn with_descriptor<R>(&self, then: impl FnOnce(BorrowedFd<'_>) -> R) -> R {
+        then(self.lock().userfault.as_fd())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Writes the pages of private file mappings of a process.
+fn write_file_pages(
+    index: &ImageIndex,
+    process: usize,
+    buffers: &mut RestoreBuffers,
+) -> Result<u64, RestoreError> {
+    let pid = index.table().processes[process].pid;
+    let mut runs: Vec<PageRun> = Vec::new();
+    let mut contents: Vec<u8> = Vec::new();
+    let table = &index.table().processes[process];
+    for run in table.runs.iter().filter(|run| run.file) {
+        let range = run.address..run.end();
+        for_each_content(index, process, range, buffers, |address, _, content| {
+            let pages = (content.len() / PAGE_SIZE) as u32;
+            runs.push(PageRun { start: address, pages, class: PageClass::FileCow });
+            contents.extend_from_slice(content);
+            Ok(())
+        })?;
+    }
+    write_pages(pid, &runs, &contents)?;
+    Ok((contents.len() / PAGE_SIZE) as u64)
+}
+
+/// Calls `found` with the content of the pages that the image has in a range, in pieces.
+fn for_each_content(
+    index: &ImageIndex,
+    process: usize,
+    range: Range<u64>,
+    buffers: &mut RestoreBuffers,
+    mut found: impl FnMut(u64, bool, &[u8]) -> Result<(), RestoreError>,
+) -> Result<(), RestoreError> {
+    let RestoreBuffers { decoder, pages, .. } = buffers;
+    index.for_each(process, range, |address, file, piece| match piece {
+        Piece::Stored(content) => found(address, file, content),
+        Piece::Patched(list, mut patches) => {
+            let mut address = address;
+            for batch in list.chunks(BATCH) {
+                for (patch, page) in batch.iter().zip(pages.iter_mut()) {
+                    index.decode(patch, &mut patches, decoder, page)?;
+                }
+                let content = pages[..batch.len()].as_flattened();
+                found(address, file, content)?;
+                address += content.len() as u64;
+            }
+            Ok(())
+        }
+    })
 }

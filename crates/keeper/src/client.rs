@@ -44,6 +44,25 @@ pub enum KeeperError {
 
 type Waiting = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Reply>>>>>;
 
+/// What a keeper tells unasked.
+#[derive(Debug)]
+pub enum Unasked {
+    /// All memory of a sandbox is back, after the restore with this number.
+    Filled {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// The restore's number.
+        number: u64,
+    },
+    /// A sandbox ended while nobody waited for it.
+    Ended {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// How.
+        how: Ending,
+    },
+}
+
 /// A connection to a running keeper. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Keeper {
@@ -54,8 +73,8 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts a keeper process and connects to it. `ended` hears of sandboxes that end while
-    /// nobody waits for them; it closes when the connection is lost.
+    /// Starts a keeper process and connects to it. `news` hears what nobody waits for; it closes
+    /// when the connection is lost.
     ///
     /// # Errors
     /// When the process can't be started or does not answer.
@@ -65,7 +84,7 @@ impl Keeper {
         socket: &Path,
         log: &Path,
         store: BorrowedFd<'_>,
-        ended: mpsc::UnboundedSender<(SandboxId, Ending)>,
+        news: mpsc::UnboundedSender<Unasked>,
     ) -> Result<Self, KeeperError> {
         let output = std::fs::OpenOptions::new()
             .create(true)
@@ -84,7 +103,7 @@ impl Keeper {
             .process_group(0)
             .spawn()
             .map_err(KeeperError::Spawn)?;
-        let connected = Self::connect(socket, log, store, ended).await;
+        let connected = Self::connect(socket, log, store, news).await;
         if connected.is_err() {
             let _ = child.kill();
         }
@@ -101,7 +120,7 @@ impl Keeper {
         socket: &Path,
         log: &Path,
         store: BorrowedFd<'_>,
-        ended: mpsc::UnboundedSender<(SandboxId, Ending)>,
+        news: mpsc::UnboundedSender<Unasked>,
     ) -> Result<Self, KeeperError> {
         let mut tries = 0;
         let stream = loop {
@@ -117,7 +136,7 @@ impl Keeper {
                 }
             }
         };
-        let mut keeper = Self::over(stream, ended);
+        let mut keeper = Self::over(stream, news);
         let hello = Command::Hello {
             version: protocol::VERSION,
             pid: std::process::id() as i32,
@@ -131,7 +150,7 @@ impl Keeper {
         Ok(keeper)
     }
 
-    fn over(stream: UnixStream, ended: mpsc::UnboundedSender<(SandboxId, Ending)>) -> Self {
+    fn over(stream: UnixStream, news: mpsc::UnboundedSender<Unasked>) -> Self {
         let (mut from, mut to) = stream.into_split();
         let (calls, mut queue) = mpsc::unbounded_channel::<Vec<u8>>();
         let waiting: Waiting = Arc::new(Mutex::new(Some(HashMap::new())));
@@ -153,7 +172,10 @@ impl Keeper {
                         }
                     }
                     Ok(Some(Message::Ended { sandbox, how })) => {
-                        let _ = ended.send((sandbox, how));
+                        let _ = news.send(Unasked::Ended { sandbox, how });
+                    }
+                    Ok(Some(Message::Filled { sandbox, number })) => {
+                        let _ = news.send(Unasked::Filled { sandbox, number });
                     }
                     Ok(None) => break,
                     Err(error) => {

@@ -12,9 +12,10 @@
 mod client;
 pub mod logs;
 pub mod protocol;
+mod returning;
 mod sandbox;
 mod server;
 mod spawner;
 
-pub use client::{Keeper, KeeperError};
+pub use client::{Keeper, KeeperError, Unasked};
 pub use server::{KeeperConfig, run};

@@ -70,8 +70,15 @@ pub enum Command {
         /// The sandbox.
         sandbox: SandboxId,
     },
-    /// Put a dedup sandbox's memory back and let it run.
+    /// Let a dedup sandbox run again, and bring its memory back as it is touched.
     Restore {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// Bring back in the background, after the first request, what nobody touched.
+        fill: bool,
+    },
+    /// Bring all memory of a running sandbox back now, if some is still away.
+    Complete {
         /// The sandbox.
         sandbox: SandboxId,
     },
@@ -92,6 +99,8 @@ pub struct Start {
     pub log: PathBuf,
     /// How large that log may get, bytes.
     pub log_bytes: u64,
+    /// Names the working set that this sandbox shares with others of the same layout.
+    pub working_set: u64,
 }
 
 /// From the keeper.
@@ -103,6 +112,13 @@ pub enum Message {
         number: u64,
         /// The answer.
         reply: Reply,
+    },
+    /// All memory of a sandbox is back, after the restore with this number.
+    Filled {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// The restore's number ([`Restored::number`]).
+        number: u64,
     },
     /// A sandbox ended while nobody waited for it.
     Ended {
@@ -130,7 +146,14 @@ pub enum Reply {
     /// To [`Command::Start`]: what came of it.
     Started(Started),
     /// To [`Command::Invoke`].
-    Answered(Answer),
+    Answered {
+        /// The answer.
+        answer: Answer,
+        /// Page faults answered since the newest restore, while memory is on its way back.
+        faults: u64,
+        /// Pages put back since then, the first ones included.
+        pages: u64,
+    },
     /// To [`Command::Restore`].
     Restored(Restored),
 }
@@ -164,7 +187,9 @@ pub enum Answer {
 /// What a restore did.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct Restored {
-    /// Pages put back.
+    /// The restore's number; no other restore of this keeper has the same.
+    pub number: u64,
+    /// Pages put back before the sandbox ran.
     pub pages: u64,
     /// Putting pages back, microseconds.
     pub pages_us: u64,
@@ -185,7 +210,10 @@ pub struct Ending {
 ///
 /// # Errors
 /// When the connection fails or the message is too long.
-pub async fn write<T: Serialize>(to: &mut (impl AsyncWrite + Unpin), message: &T) -> io::Result<()> {
+pub async fn write<T: Serialize>(
+    to: &mut (impl AsyncWrite + Unpin),
+    message: &T,
+) -> io::Result<()> {
     let frame = encode(message)?;
     to.write_all(&frame).await
 }

@@ -1,11 +1,13 @@
 //! One sandbox as the keeper holds it.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use medes_agent::restore::{HeldImage, RestoreBuffers};
+use medes_agent::working_set::WorkingSet;
 use medes_core::SandboxId;
 use medes_runtime::{LambdaApi, Request, RuntimeEvent};
 use medes_sandbox::{Exit, Running};
@@ -15,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::logs::{LogWriter, MAX_LINE};
 use crate::protocol::{Answer, Ending, Restored, Started};
+use crate::returning::{Returning, Service};
 use crate::spawner::Spawned;
 
 /// How long dead processes may take to go away.
@@ -23,8 +26,12 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// A sandbox: its process, its Runtime API, and who waits for it.
 pub(crate) struct Held {
     id: SandboxId,
+    common: Arc<Common>,
     api: Arc<LambdaApi>,
     running: Running,
+    /// Which working set is this sandbox's.
+    working_set: u64,
+    tell: Arc<dyn Fn(News) + Send + Sync>,
     state: Mutex<State>,
 }
 
@@ -32,27 +39,63 @@ pub(crate) struct Held {
 struct State {
     starting: Option<oneshot::Sender<Started>>,
     pending: Option<oneshot::Sender<Answer>>,
-    image: Option<HeldImage>,
+    memory: Memory,
     ended: Option<Ending>,
+}
+
+/// Where a sandbox's memory is.
+#[derive(Default)]
+enum Memory {
+    /// Where it belongs.
+    #[default]
+    Present,
+    /// Away; the image brings it back.
+    Held(HeldImage),
+    /// On its way back while the sandbox runs.
+    Returning(Arc<Returning>),
+}
+
+/// What is told of a sandbox unasked.
+pub(crate) enum News {
+    /// All its memory is back after the restore with this number.
+    Filled(u64),
+    /// It has ended and nothing is left of it; how, if nobody has heard it yet.
+    Ended(Option<Ending>),
+}
+
+/// How a sandbox is held.
+pub(crate) struct Settings {
+    pub(crate) id: SandboxId,
+    pub(crate) log: PathBuf,
+    pub(crate) log_bytes: u64,
+    pub(crate) working_set: u64,
+}
+
+/// What all sandboxes of a keeper share.
+pub(crate) struct Common {
+    /// Who answers faults.
+    pub(crate) service: Service,
+    /// Working sets, by the key that the daemon gives.
+    pub(crate) working_sets: Mutex<HashMap<u64, WorkingSet>>,
 }
 
 impl Held {
     /// Takes charge of a sandbox that was just started. `starting` hears what becomes of the
-    /// start, `ended` of an end that nobody waited for; `gone` runs when nothing is left of it.
+    /// start; `tell` of everything that nobody waits for, the end of the sandbox last and always.
     pub(crate) fn take(
-        id: SandboxId,
+        common: Arc<Common>,
         spawned: Spawned,
-        log: PathBuf,
-        log_bytes: u64,
+        settings: Settings,
         starting: oneshot::Sender<Started>,
-        ended: impl FnOnce(Option<Ending>) + Send + 'static,
+        tell: impl Fn(News) + Send + Sync + 'static,
     ) -> std::io::Result<Arc<Self>> {
         let Spawned { running, listener, output } = spawned;
+        let Settings { id, log, log_bytes, working_set } = settings;
+        let tell: Arc<dyn Fn(News) + Send + Sync> = Arc::new(tell);
         let (events, received) = mpsc::unbounded_channel();
         let api = LambdaApi::new(events);
-        let serving = tokio::spawn(
-            Arc::clone(&api).serve(tokio::net::TcpListener::from_std(listener)?),
-        );
+        let serving =
+            tokio::spawn(Arc::clone(&api).serve(tokio::net::TcpListener::from_std(listener)?));
         let pidfd: OwnedFd = running.pidfd().as_fd().try_clone_to_owned()?;
         // SAFETY: an OwnedFd is open and stays the same descriptor until it is dropped, and the
         // AsyncFd owns it.
@@ -60,14 +103,15 @@ impl Held {
             .map_err(std::io::Error::from)?;
         let pump = tokio::spawn(pump(id, output, LogWriter::new(log, log_bytes))?);
         let state = Mutex::new(State { starting: Some(starting), ..State::default() });
-        let held = Arc::new(Self { id, api, running, state });
+        let news = Arc::clone(&tell);
+        let held = Arc::new(Self { id, common, api, running, working_set, tell, state });
         let watched = Arc::clone(&held);
         tokio::spawn(async move {
             let unheard = watched.supervise(received, exit).await;
             serving.abort();
             // The pipe closes with the last process; what it still holds belongs in the log.
             let _ = tokio::time::timeout(Duration::from_secs(2), pump).await;
-            ended(unheard);
+            news(News::Ended(unheard));
         });
         Ok(held)
     }
@@ -75,7 +119,7 @@ impl Held {
     /// Passes the runtime's events on until the process has ended and everything is cleaned up.
     /// Gives the ending back if nobody waited for it.
     async fn supervise(
-        &self,
+        self: &Arc<Self>,
         mut events: mpsc::UnboundedReceiver<RuntimeEvent>,
         exit: AsyncFd<OwnedFd>,
     ) -> Option<Ending> {
@@ -94,7 +138,9 @@ impl Held {
         let (starting, pending) = {
             let mut state = self.lock();
             state.ended = Some(ending.clone());
-            state.image = None;
+            if let Memory::Returning(memory) = std::mem::take(&mut state.memory) {
+                self.common.service.forget(&memory);
+            }
             (state.starting.take(), state.pending.take())
         };
         match (starting, pending) {
@@ -110,7 +156,7 @@ impl Held {
         }
     }
 
-    fn hear(&self, event: RuntimeEvent) {
+    fn hear(self: &Arc<Self>, event: RuntimeEvent) {
         let mut state = self.lock();
         let answer = match event {
             RuntimeEvent::Waiting => {
@@ -133,6 +179,39 @@ impl Held {
         };
         if let Some(pending) = state.pending.take() {
             let _ = pending.send(answer);
+        }
+        if let Memory::Returning(memory) = &state.memory {
+            let memory = Arc::clone(memory);
+            drop(state);
+            self.after_request(&memory);
+        }
+    }
+
+    /// A request is over while memory is on its way back: what it touched belongs to the working
+    /// set, and now the rest may come, if it shall.
+    fn after_request(self: &Arc<Self>, memory: &Arc<Returning>) {
+        let mut sets = lock(&self.common.working_sets);
+        memory.teach(sets.entry(self.working_set).or_default());
+        drop(sets);
+        if memory.take_fill_order() {
+            let (held, of) = (Arc::clone(self), Arc::clone(memory));
+            self.common.service.fill_later(memory, move || {
+                if let Some(number) = held.settled(&of) {
+                    (held.tell)(News::Filled(number));
+                }
+            });
+        }
+    }
+
+    /// All of `memory` is back. Gives the restore's number, if that is news.
+    fn settled(&self, memory: &Arc<Returning>) -> Option<u64> {
+        let mut state = self.lock();
+        match &state.memory {
+            Memory::Returning(now) if Arc::ptr_eq(now, memory) => {
+                state.memory = Memory::Present;
+                Some(memory.number())
+            }
+            _ => None,
         }
     }
 
@@ -169,7 +248,7 @@ impl Held {
             let _ = answer.send(Answer::Ended(ending.clone()));
             return Ok(());
         }
-        if state.image.is_some() {
+        if matches!(state.memory, Memory::Held(_)) {
             return Err("the sandbox is in the dedup state: restore it first".into());
         }
         self.api.send(request).map_err(|busy| busy.to_string())?;
@@ -190,37 +269,104 @@ impl Held {
         if state.ended.is_some() {
             return Err("the sandbox has ended".into());
         }
-        if state.image.is_some() {
-            return Err("the sandbox is in the dedup state already".into());
+        match state.memory {
+            Memory::Present => {}
+            Memory::Held(_) => return Err("the sandbox is in the dedup state already".into()),
+            Memory::Returning(_) => return Err("the sandbox's memory is not back yet".into()),
         }
         if !self.api.is_idle() {
             return Err("the sandbox is not waiting for a request".into());
         }
-        state.image = Some(image);
+        state.memory = Memory::Held(image);
         Ok(())
     }
 
     /// Lets go of it again.
     pub(crate) fn release(&self) {
-        self.lock().image = None;
+        let mut state = self.lock();
+        if matches!(state.memory, Memory::Held(_)) {
+            state.memory = Memory::Present;
+        }
     }
 
-    /// Puts the memory back and lets the sandbox run. When that fails the sandbox is killed: it
-    /// may not run with missing pages. Blocks.
-    pub(crate) fn restore(&self, buffers: &mut RestoreBuffers) -> Result<Restored, String> {
-        let Some(image) = self.lock().image.take() else {
-            return Err("the sandbox is not in the dedup state".into());
+    /// Puts back what must be there and lets the sandbox run; the rest of its memory follows as it
+    /// is touched, and with `fill` in the background after the first request. When that fails the
+    /// sandbox is killed: it may not run with missing pages that nobody brings. Blocks.
+    pub(crate) fn restore(
+        &self,
+        fill: bool,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<Restored, String> {
+        let mut state = self.lock();
+        let image = match std::mem::take(&mut state.memory) {
+            Memory::Held(image) => image,
+            other => {
+                state.memory = other;
+                return Err("the sandbox is not in the dedup state".into());
+            }
         };
         let start = Instant::now();
-        let restored = image.restore(buffers).map_err(|e| e.to_string()).and_then(|pages| {
-            let pages_us = micros(start);
-            self.running.cgroup().thaw().map_err(|e| e.to_string())?;
-            Ok(Restored { pages, pages_us, thaw_us: micros(start) - pages_us })
-        });
-        if restored.is_err() {
-            self.kill();
+        let restored = self.revive(image, fill, buffers, start);
+        match restored {
+            Ok((memory, restored)) => {
+                state.memory = Memory::Returning(memory);
+                Ok(restored)
+            }
+            Err(why) => {
+                drop(state);
+                self.kill();
+                Err(why)
+            }
         }
-        restored
+    }
+
+    fn revive(
+        &self,
+        image: HeldImage,
+        fill: bool,
+        buffers: &mut RestoreBuffers,
+        start: Instant,
+    ) -> Result<(Arc<Returning>, Restored), String> {
+        let prefetch =
+            lock(&self.common.working_sets).entry(self.working_set).or_default().prefetch();
+        let revived = image.revive(&prefetch.ranges, buffers).map_err(|e| e.to_string())?;
+        let pages = revived.pages;
+        let (id, cgroup) = (self.id, self.running.cgroup().clone());
+        let kill = move |why: &str| {
+            tracing::error!(sandbox = %id, why, "memory can't be brought back; killing the sandbox");
+            let _ = cgroup.order_kill();
+        };
+        let memory = self.common.service.serve(revived, prefetch, fill, Box::new(kill));
+        let memory = memory.map_err(|e| format!("serving faults: {e}"))?;
+        let pages_us = micros(start);
+        if let Err(error) = self.running.cgroup().thaw() {
+            self.common.service.forget(&memory);
+            return Err(error.to_string());
+        }
+        let number = memory.number();
+        Ok((memory, Restored { number, pages, pages_us, thaw_us: micros(start) - pages_us }))
+    }
+
+    /// Brings all memory back now, if some is still away while the sandbox runs. Blocks.
+    pub(crate) fn complete(&self, buffers: &mut RestoreBuffers) -> Result<(), String> {
+        let memory = match &self.lock().memory {
+            Memory::Present => return Ok(()),
+            Memory::Held(_) => return Err("the sandbox is in the dedup state".into()),
+            Memory::Returning(memory) => Arc::clone(memory),
+        };
+        if !self.common.service.fill_now(&memory, buffers) {
+            return Err("the sandbox has ended".into());
+        }
+        self.settled(&memory);
+        Ok(())
+    }
+
+    /// How many faults were answered, and pages put back, since the newest restore.
+    pub(crate) fn returned(&self) -> (u64, u64) {
+        match &self.lock().memory {
+            Memory::Returning(memory) => memory.counts(),
+            _ => (0, 0),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -230,6 +376,10 @@ impl Held {
 
 fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// A signal's name in the words of a shell.

@@ -14,8 +14,9 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::protocol::{self, Call, Command, Message, Reply, Restored, Start, Started, VERSION};
-use crate::sandbox::Held;
+use crate::protocol::{self, Call, Command, Message, Reply, Start, Started, VERSION};
+use crate::returning::Service;
+use crate::sandbox::{Common, Held, News, Settings};
 use crate::spawner::Spawner;
 
 /// How a keeper is set up.
@@ -47,6 +48,7 @@ async fn serve(config: &KeeperConfig) -> io::Result<()> {
     let root = CgroupRoot::new(&config.cgroup).map_err(io::Error::other)?;
     let shared = Arc::new(Shared {
         spawner: Spawner::new(root)?,
+        common: Arc::new(Common { service: Service::start()?, working_sets: Mutex::default() }),
         sandboxes: Mutex::default(),
         daemon: Mutex::default(),
         store: Mutex::default(),
@@ -94,6 +96,7 @@ fn bind(socket: &PathBuf) -> io::Result<UnixListener> {
 
 struct Shared {
     spawner: Spawner,
+    common: Arc<Common>,
     sandboxes: Mutex<HashMap<SandboxId, Arc<Held>>>,
     /// Where reports go: the newest connection.
     daemon: Mutex<Option<mpsc::UnboundedSender<Message>>>,
@@ -148,10 +151,18 @@ impl Shared {
             Command::Start(start) => Reply::Started(self.start(*start).await),
             Command::Invoke { sandbox, request } => {
                 let (answer, answered) = oneshot::channel();
-                match self.find(sandbox).and_then(|held| held.invoke(request, answer)) {
-                    Ok(()) => answered
-                        .await
-                        .map_or_else(|_| refused("the sandbox is gone"), Reply::Answered),
+                let sent = self.find(sandbox).and_then(|held| {
+                    held.invoke(request, answer)?;
+                    Ok(held)
+                });
+                match sent {
+                    Ok(held) => match answered.await {
+                        Ok(answer) => {
+                            let (faults, pages) = held.returned();
+                            Reply::Answered { answer, faults, pages }
+                        }
+                        Err(_) => refused("the sandbox is gone"),
+                    },
                     Err(why) => Reply::Refused(why),
                 }
             }
@@ -160,14 +171,14 @@ impl Shared {
                 done(self.hold(sandbox, image, &userfaults))
             }
             Command::Release { sandbox } => done(self.find(sandbox).map(|held| held.release())),
-            Command::Restore { sandbox } => match self.find(sandbox) {
-                Ok(held) => match tokio::task::spawn_blocking(move || self.restore(&held)).await {
-                    Ok(Ok(restored)) => Reply::Restored(restored),
-                    Ok(Err(why)) => Reply::Refused(why),
-                    Err(error) => Reply::Refused(error.to_string()),
-                },
-                Err(why) => Reply::Refused(why),
-            },
+            Command::Restore { sandbox, fill } => {
+                let restored =
+                    self.with_buffers(sandbox, move |held, b| held.restore(fill, b)).await;
+                restored.map_or_else(Reply::Refused, Reply::Restored)
+            }
+            Command::Complete { sandbox } => {
+                done(self.with_buffers(sandbox, |held, b| held.complete(b)).await)
+            }
             Command::Stop => {
                 self.kill_all().await;
                 self.stop.notify_one();
@@ -190,26 +201,32 @@ impl Shared {
     }
 
     async fn start(self: &Arc<Self>, start: Start) -> Started {
-        let Start { sandbox, spec, port, log, log_bytes } = start;
+        let Start { sandbox, spec, port, log, log_bytes, working_set } = start;
+        let settings = Settings { id: sandbox, log, log_bytes, working_set };
         let spawned = match self.spawner.spawn(spec, port).await {
             Ok(spawned) => spawned,
             Err(why) => return Started::Failed(why),
         };
         let (starting, started) = oneshot::channel();
         let shared = Arc::clone(self);
-        let ended = move |unheard| {
-            lock(&shared.sandboxes).remove(&sandbox);
-            if let Some(how) = unheard
-                && let Some(daemon) = lock(&shared.daemon).as_ref()
-            {
-                let _ = daemon.send(Message::Ended { sandbox, how });
+        let tell = move |news| {
+            let message = match news {
+                News::Filled(number) => Message::Filled { sandbox, number },
+                News::Ended(unheard) => {
+                    lock(&shared.sandboxes).remove(&sandbox);
+                    let Some(how) = unheard else { return };
+                    Message::Ended { sandbox, how }
+                }
+            };
+            if let Some(daemon) = lock(&shared.daemon).as_ref() {
+                let _ = daemon.send(message);
             }
         };
         {
             // Held from before the sandbox can end until it is in the table, so that its end
             // finds it there.
             let mut sandboxes = lock(&self.sandboxes);
-            match Held::take(sandbox, spawned, log, log_bytes, starting, ended) {
+            match Held::take(Arc::clone(&self.common), spawned, settings, starting, tell) {
                 Ok(held) => sandboxes.insert(sandbox, held),
                 Err(error) => return Started::Failed(error.to_string()),
             };
@@ -228,12 +245,20 @@ impl Shared {
         held.hold(image)
     }
 
-    /// Restores with buffers that an earlier restore has used, if there are any.
-    fn restore(&self, held: &Held) -> Result<Restored, String> {
-        let mut buffers = lock(&self.buffers).pop().unwrap_or_default();
-        let restored = held.restore(&mut buffers);
-        lock(&self.buffers).push(buffers);
-        restored
+    /// Runs `work` where it may block, with buffers that earlier work has used, if there are any.
+    async fn with_buffers<R: Send + 'static>(
+        self: Arc<Self>,
+        sandbox: SandboxId,
+        work: impl FnOnce(&Held, &mut RestoreBuffers) -> Result<R, String> + Send + 'static,
+    ) -> Result<R, String> {
+        let held = self.find(sandbox)?;
+        let blocking = tokio::task::spawn_blocking(move || {
+            let mut buffers = lock(&self.buffers).pop().unwrap_or_default();
+            let result = work(&held, &mut buffers);
+            lock(&self.buffers).push(buffers);
+            result
+        });
+        blocking.await.map_err(|e| e.to_string())?
     }
 
     fn find(&self, sandbox: SandboxId) -> Result<Arc<Held>, String> {

@@ -32,6 +32,7 @@ pub mod mappings;
 pub mod obstacle;
 pub mod pages;
 pub mod ranges;
+pub mod priority;
 pub mod reader;
 pub mod session;
 mod sys;

@@ -44,16 +44,9 @@ pub(crate) async fn run(
     wait.await.unwrap_or_else(|_| Err(DedupFailure::Lost("the operation panicked".into())))
 }
 
-fn operate(
-    shared: &Shared,
-    entry: &Entry,
-    new_base: bool,
-) -> Result<DedupReport, DedupFailure> {
+fn operate(shared: &Shared, entry: &Entry, new_base: bool) -> Result<DedupReport, DedupFailure> {
     let begin = Instant::now();
-    if entry.dedup.lock().is_some() {
-        let reason = "the sandbox is in the dedup state already".to_owned();
-        return Err(DedupFailure::StaysWarm { reason, lasting: false });
-    }
+    bring_all_back(shared, entry)?;
     let before = shared.memory_use(entry);
     let base_before = shared.store.usage().snapshots;
     let subject = Subject {
@@ -79,7 +72,7 @@ fn operate(
         DedupError::Lost(why) => DedupFailure::Lost(why),
     })?;
     let counts = done.counts;
-    let dedup = Deduplicated { image: done.image, _userfaults: done.userfaults };
+    let dedup = Deduplicated { image: done.image, userfaults: done.userfaults, restore: None };
     *entry.dedup.lock() = Some(dedup);
     Ok(DedupReport {
         pages: counts.pages,
@@ -96,6 +89,22 @@ fn operate(
         encode_us: counts.encode_us,
         commit_us: counts.commit_us,
     })
+}
+
+/// Memory that is still on its way back since the last restore comes back first.
+fn bring_all_back(shared: &Shared, entry: &Entry) -> Result<(), DedupFailure> {
+    let warm = |reason: String| DedupFailure::StaysWarm { reason, lasting: false };
+    match &*entry.dedup.lock() {
+        None => return Ok(()),
+        Some(dedup) if dedup.restore.is_none() => {
+            return Err(warm("the sandbox is in the dedup state already".into()));
+        }
+        Some(_) => {}
+    }
+    let complete = Command::Complete { sandbox: entry.id };
+    shared.keeper().order_blocking(complete).map_err(|e| warm(e.to_string()))?;
+    shared.drop_image(entry);
+    Ok(())
 }
 
 /// A sandbox's processes as a group that can be frozen.
@@ -139,7 +148,7 @@ impl Holder for KeeperHolds {
     }
 
     fn put_back(&self) -> Result<(), String> {
-        match self.keeper.call_blocking(Command::Restore { sandbox: self.sandbox }) {
+        match self.keeper.call_blocking(Command::Restore { sandbox: self.sandbox, fill: true }) {
             Ok(Reply::Restored(_)) => Ok(()),
             Ok(Reply::Refused(why)) => Err(why),
             Ok(_) => Err("the keeper speaks another version of the protocol".into()),

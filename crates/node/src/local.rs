@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use medes_core::{FunctionSpec, InvocationError, MemoryUse, SandboxId};
+use medes_core::{FunctionSpec, InvocationError, Layout, MemoryUse, SandboxId};
 use medes_keeper::protocol::{Answer, Command, Ending, Reply, Start, Started};
-use medes_keeper::{Keeper, KeeperError, logs};
+use medes_keeper::{Keeper, KeeperError, Unasked, logs};
 use medes_registry::{LocalRegistry, Registry, RegistryConfig};
 use medes_runtime::contract::lambda_arn;
 use medes_runtime::lambda::deadline_ms;
@@ -147,7 +147,7 @@ impl Node {
 async fn launch(
     config: &NodeConfig,
     store: &Store,
-) -> Result<(Keeper, mpsc::UnboundedReceiver<(SandboxId, Ending)>), NodeError> {
+) -> Result<(Keeper, mpsc::UnboundedReceiver<Unasked>), NodeError> {
     let (tell, ended) = mpsc::unbounded_channel();
     let keeper = Keeper::launch(
         &config.keeper_program,
@@ -165,12 +165,18 @@ async fn launch(
 }
 
 /// Hears from the keeper; when it is lost, kills what depended on it and starts another.
-async fn listen(
-    shared: Arc<Shared>,
-    mut ended: mpsc::UnboundedReceiver<(SandboxId, Ending)>,
-) {
+async fn listen(shared: Arc<Shared>, mut ended: mpsc::UnboundedReceiver<Unasked>) {
     loop {
-        while let Some((sandbox, ending)) = ended.recv().await {
+        while let Some(unasked) = ended.recv().await {
+            let (sandbox, ending) = match unasked {
+                Unasked::Ended { sandbox, how } => (sandbox, how),
+                Unasked::Filled { sandbox, number } => {
+                    if let Some(entry) = shared.table.get(sandbox) {
+                        shared.filled(&entry, number);
+                    }
+                    continue;
+                }
+            };
             let how = if ending.out_of_memory {
                 "the kernel killed it for its memory limit".to_owned()
             } else {
@@ -222,10 +228,25 @@ impl Shared {
     /// known, and nobody killed it on purpose.
     pub(crate) fn forget(&self, sandbox: SandboxId) -> bool {
         let Some(entry) = self.table.remove(sandbox) else { return false };
+        self.drop_image(&entry);
+        !entry.doomed.load(Ordering::Acquire)
+    }
+
+    /// All memory is back after the restore `number`: the image has served its purpose.
+    fn filled(&self, entry: &Entry, number: u64) {
+        let mut dedup = entry.dedup.lock();
+        if let Some(done) = dedup.take_if(|dedup| dedup.restore == Some(number)) {
+            drop(done.userfaults);
+            self.store.remove_image(done.image);
+        }
+    }
+
+    /// Gives back whatever image the sandbox has. Its memory must be back, or the sandbox gone.
+    pub(crate) fn drop_image(&self, entry: &Entry) {
         if let Some(dedup) = entry.dedup.lock().take() {
+            drop(dedup.userfaults);
             self.store.remove_image(dedup.image);
         }
-        !entry.doomed.load(Ordering::Acquire)
     }
 
     fn log_directory(&self, function: &FunctionSpec) -> PathBuf {
@@ -293,7 +314,18 @@ impl Shared {
             dedup: parking_lot::Mutex::new(None),
         }));
         let log = self.log_directory(function);
-        let start = Start { sandbox: id, spec, port: PORT, log, log_bytes: self.config.log_bytes };
+        let start = Start {
+            sandbox: id,
+            spec,
+            port: PORT,
+            log,
+            log_bytes: self.config.log_bytes,
+            working_set: match function.layout {
+                Layout::Function | Layout::Shared => function.id.0,
+                // Its addresses are like no other's.
+                Layout::Random => id.0,
+            },
+        };
         let keeper = self.keeper();
         let mut call = std::pin::pin!(keeper.call(Command::Start(Box::new(start))));
         let limit = Duration::from_millis(self.config.init_timeout_ms);
@@ -345,19 +377,21 @@ impl Shared {
             self.kill(sandbox).await;
             return outcome(begin, Bytes::new(), Some(InvocationError::TimedOut), false);
         };
+        let reply = reply.map(|reply| match reply {
+            Reply::Answered { answer, .. } => Ok(answer),
+            other => Err(other),
+        });
         let (payload, error) = match reply {
-            Ok(Reply::Answered(Answer::Response(payload))) => (payload, None),
-            Ok(Reply::Answered(Answer::Error(payload))) => {
-                (payload, Some(InvocationError::Function))
-            }
-            Ok(Reply::Answered(Answer::TooLarge(bytes))) => {
+            Ok(Ok(Answer::Response(payload))) => (payload, None),
+            Ok(Ok(Answer::Error(payload))) => (payload, Some(InvocationError::Function)),
+            Ok(Ok(Answer::TooLarge(bytes))) => {
                 (Bytes::new(), Some(InvocationError::ResponseTooLarge { bytes }))
             }
-            Ok(Reply::Answered(Answer::Ended(ending))) => {
+            Ok(Ok(Answer::Ended(ending))) => {
                 self.forget(sandbox);
                 return outcome(begin, Bytes::new(), Some(ended(ending)), false);
             }
-            Ok(Reply::Refused(how)) => {
+            Ok(Err(Reply::Refused(how))) => {
                 self.kill(sandbox).await;
                 return outcome(begin, Bytes::new(), Some(InvocationError::Exited { how }), false);
             }
@@ -374,10 +408,11 @@ impl Shared {
         let begin = Instant::now();
         let entry = self.table.get(sandbox);
         let entry = entry.ok_or_else(|| RestoreFailure("the sandbox is gone".into()))?;
-        let failure = match self.keeper().call(Command::Restore { sandbox }).await {
+        let fill = true;
+        let failure = match self.keeper().call(Command::Restore { sandbox, fill }).await {
             Ok(Reply::Restored(done)) => {
-                if let Some(dedup) = entry.dedup.lock().take() {
-                    self.store.remove_image(dedup.image);
+                if let Some(dedup) = entry.dedup.lock().as_mut() {
+                    dedup.restore = Some(done.number);
                 }
                 return Ok(RestoreReport {
                     pages: done.pages,
@@ -403,12 +438,7 @@ fn ended(ending: Ending) -> InvocationError {
     }
 }
 
-fn outcome(
-    begin: Instant,
-    payload: Bytes,
-    error: Option<InvocationError>,
-    alive: bool,
-) -> Outcome {
+fn outcome(begin: Instant, payload: Bytes, error: Option<InvocationError>, alive: bool) -> Outcome {
     Outcome { payload, error, execution_us: micros(begin), alive }
 }
 
@@ -425,11 +455,7 @@ impl NodeApi for Node {
         self.shared.invoke(sandbox, invocation).await
     }
 
-    async fn dedup(
-        &self,
-        sandbox: SandboxId,
-        new_base: bool,
-    ) -> Result<DedupReport, DedupFailure> {
+    async fn dedup(&self, sandbox: SandboxId, new_base: bool) -> Result<DedupReport, DedupFailure> {
         let Some(entry) = self.shared.table.get(sandbox) else {
             return Err(DedupFailure::Lost("the sandbox is gone".into()));
         };

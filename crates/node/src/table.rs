@@ -34,7 +34,9 @@ pub(crate) struct Deduplicated {
     pub(crate) image: ImageHandle,
     /// A second holder of its userfaultfds: should the keeper die, missing pages block instead of
     /// reading as zeros until the sandbox is killed.
-    pub(crate) _userfaults: Vec<UserFault>,
+    pub(crate) userfaults: Vec<UserFault>,
+    /// The number of the restore that is bringing its memory back, if it runs again.
+    pub(crate) restore: Option<u64>,
 }
 
 /// All sandboxes of the node.

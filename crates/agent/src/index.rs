@@ -1,0 +1,198 @@
+//! An image opened for reading page by page, in any order.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use medes_pages::{Decoder, PAGE_SIZE, Page};
+use medes_store::{Extent, SnapshotRecord, View};
+
+use crate::image::{ImageError, PatchUse, Source, Table};
+use crate::restore::RestoreError;
+
+/// An image, its table decoded and checked, every base page that it names known to be there.
+pub struct ImageIndex {
+    view: Arc<View>,
+    image: Extent,
+    table: Table,
+    /// Where the patches begin in the image's bytes.
+    patches_at: usize,
+    /// Per process and run: where its first patch begins, counted from `patches_at`.
+    offsets: Vec<Vec<u32>>,
+}
+
+/// Consecutive pages of an image that are copied in one piece.
+pub enum Piece<'a> {
+    /// They lie in the memory file as they are.
+    Stored(&'a [u8]),
+    /// They have to be decoded, one by one: patch, and base page if it has one.
+    Patched(&'a [PatchUse], &'a [u8]),
+}
+
+impl ImageIndex {
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// [`RestoreError`] if it can't be read or names base pages that are not there.
+    pub fn open(view: Arc<View>, image: Extent) -> Result<Self, RestoreError> {
+        let bytes = view.bytes(image);
+        let (table, patches) = Table::decode(bytes)?;
+        let patches_at = bytes.len() - patches.len();
+        let mut at = 0u32;
+        let mut offsets = Vec::with_capacity(table.processes.len());
+        for process in &table.processes {
+            let mut of_process = Vec::with_capacity(process.runs.len());
+            for run in &process.runs {
+                of_process.push(at);
+                if let Source::Patches(list) = &run.source {
+                    at += list.iter().map(|p| u32::from(p.length)).sum::<u32>();
+                }
+            }
+            offsets.push(of_process);
+        }
+        let index = Self { view, image, table, patches_at, offsets };
+        index.check_bases()?;
+        Ok(index)
+    }
+
+    fn check_bases(&self) -> Result<(), RestoreError> {
+        for run in self.table.processes.iter().flat_map(|p| &p.runs) {
+            match &run.source {
+                Source::Base { snapshot, page, pages } => {
+                    let record = self.record(*snapshot)?;
+                    for page in *page..*page + *pages {
+                        self.slot(&record, *snapshot, page)?;
+                    }
+                }
+                Source::Patches(patches) => {
+                    for (snapshot, page) in patches.iter().filter_map(|p| p.base) {
+                        self.slot(&self.record(snapshot)?, snapshot, page)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The table.
+    #[must_use]
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// Calls `found` for the pages that the image has in `range` of process `process`, in order
+    /// and in pieces: address, whether they are of a file mapping, content. Addresses are the
+    /// image's. A missing page inside the range is zero.
+    ///
+    /// # Errors
+    /// What `found` says, or [`RestoreError`] if the image is broken.
+    pub fn for_each(
+        &self,
+        process: usize,
+        range: Range<u64>,
+        mut found: impl FnMut(u64, bool, Piece<'_>) -> Result<(), RestoreError>,
+    ) -> Result<(), RestoreError> {
+        let broken = ImageError::Broken("no such process");
+        let runs = &self.table.processes.get(process).ok_or(broken)?.runs;
+        let patches = &self.view.bytes(self.image)[self.patches_at..];
+        let first = runs.partition_point(|run| run.end() <= range.start);
+        for (n, run) in runs.iter().enumerate().skip(first) {
+            if run.address >= range.end {
+                break;
+            }
+            let page = PAGE_SIZE as u64;
+            let from = ((range.start.max(run.address) - run.address) / page) as u32;
+            let to = ((range.end.min(run.end()) - run.address).div_ceil(page)) as u32;
+            let address = run.address + u64::from(from) * page;
+            match &run.source {
+                Source::Base { snapshot, page, .. } => {
+                    self.stored(*snapshot, page + from, page + to, |n, content| {
+                        let address = address + u64::from(n - page - from) * PAGE_SIZE as u64;
+                        found(address, run.file, Piece::Stored(content))
+                    })?;
+                }
+                Source::Patches(list) => {
+                    let skipped = &list[..from as usize];
+                    let skip: usize = skipped.iter().map(|p| usize::from(p.length)).sum();
+                    let bytes = &patches[self.offsets[process][n] as usize + skip..];
+                    let list = &list[from as usize..to as usize];
+                    found(address, run.file, Piece::Patched(list, bytes))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Decodes one page of a [`Piece::Patched`], taking its patch off `patches`.
+    ///
+    /// # Errors
+    /// [`RestoreError`] if the patch does not decode.
+    pub fn decode(
+        &self,
+        patch: &PatchUse,
+        patches: &mut &[u8],
+        decoder: &mut Decoder,
+        page: &mut Page,
+    ) -> Result<(), RestoreError> {
+        if patch.length == 0 {
+            page.fill(0);
+            return Ok(());
+        }
+        let base = match patch.base {
+            Some((snapshot, page)) => {
+                let slot = self.slot(&self.record(snapshot)?, snapshot, page)?;
+                Some(self.view.page(slot))
+            }
+            None => None,
+        };
+        let (bytes, rest) = patches
+            .split_at_checked(usize::from(patch.length))
+            .ok_or(ImageError::Broken("patches beyond the end"))?;
+        *patches = rest;
+        Ok(decoder.decode(bytes, base, page)?)
+    }
+
+    /// Calls `found` for base pages `from` to `to` in pieces that lie in one piece in the file.
+    fn stored(
+        &self,
+        snapshot: u16,
+        from: u32,
+        to: u32,
+        mut found: impl FnMut(u32, &[u8]) -> Result<(), RestoreError>,
+    ) -> Result<(), RestoreError> {
+        let record = self.record(snapshot)?;
+        let mut page = from;
+        while page < to {
+            let start = self.slot(&record, snapshot, page)?;
+            let mut pages = 1;
+            while page + pages < to && self.slot(&record, snapshot, page + pages)? == start + pages
+            {
+                pages += 1;
+            }
+            found(page, self.view.bytes(Extent { start, pages }))?;
+            page += pages;
+        }
+        Ok(())
+    }
+
+    fn record(&self, snapshot: u16) -> Result<SnapshotRecord<'_>, RestoreError> {
+        let broken = ImageError::Broken("a snapshot's table");
+        let used = self.table.snapshots.get(usize::from(snapshot)).ok_or(broken.clone())?;
+        let end = used.record.start.checked_add(used.record.pages);
+        let record = end
+            .filter(|end| *end <= self.view.pages())
+            .and_then(|_| SnapshotRecord::parse(self.view.bytes(used.record)));
+        Ok(record.filter(|r| r.id() == used.id).ok_or(broken)?)
+    }
+
+    fn slot(
+        &self,
+        record: &SnapshotRecord<'_>,
+        snapshot: u16,
+        page: u32,
+    ) -> Result<u32, RestoreError> {
+        record
+            .slot(page)
+            .filter(|slot| *slot < self.view.pages())
+            .ok_or(RestoreError::NoBasePage { snapshot, page })
+    }
+}

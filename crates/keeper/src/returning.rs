@@ -1,0 +1,297 @@
+//! Memory on its way back: who answers the faults of sandboxes that run without all their pages,
+//! and who fills in the rest.
+//!
+//! A few threads wait on the userfaultfds of all such sandboxes at once. They do nothing but look
+//! pages up, decode and copy them; nothing there waits for a network or a disk. One more thread, of
+//! low priority, fills in what nobody has touched.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+
+use medes_agent::restore::{AddressSpace, RestoreBuffers, RestoreError, Revived, Served};
+use medes_agent::working_set::{Prefetch, WorkingSet};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+/// Threads that answer faults.
+const SERVERS: usize = 2;
+
+/// Pages filled in at a time, after which a fault gets its turn.
+const FILL_PAGES: u64 = 64;
+
+/// One sandbox's memory on its way back.
+pub(crate) struct Returning {
+    /// The restore's number; no two restores of a keeper have the same.
+    number: u64,
+    /// Whether the rest shall be filled in after the first request.
+    fill: AtomicBool,
+    spaces: Mutex<Vec<Watch>>,
+    touched: Mutex<Vec<Vec<u64>>>,
+    prefetch: Prefetch,
+    concluded: AtomicBool,
+    /// No more filling: the sandbox is gone.
+    stopped: AtomicBool,
+    faults: AtomicU64,
+    pages: AtomicU64,
+    kill: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+struct Watch {
+    key: u64,
+    space: Arc<AddressSpace>,
+}
+
+/// The threads, and what they watch.
+pub(crate) struct Service {
+    shared: Arc<Shared>,
+    fills: mpsc::Sender<FillJob>,
+}
+
+struct Shared {
+    epoll: Epoll,
+    watched: Mutex<HashMap<u64, (Arc<AddressSpace>, Arc<Returning>)>>,
+    next: AtomicU64,
+}
+
+struct FillJob {
+    memory: Arc<Returning>,
+    filled: Box<dyn FnOnce() + Send>,
+}
+
+impl Service {
+    pub(crate) fn start() -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let shared = Arc::new(Shared { epoll, watched: Mutex::default(), next: AtomicU64::new(1) });
+        for n in 0..SERVERS {
+            let shared = Arc::clone(&shared);
+            let name = format!("faults-{n}");
+            std::thread::Builder::new().name(name).spawn(move || shared.answer_faults())?;
+        }
+        let (fills, jobs) = mpsc::channel::<FillJob>();
+        let filler = Arc::clone(&shared);
+        std::thread::Builder::new().name("filler".into()).spawn(move || {
+            medes_memory::priority::lower_this_thread();
+            let mut buffers = RestoreBuffers::default();
+            for FillJob { memory, filled } in jobs {
+                if filler.fill(&memory, &mut buffers) {
+                    filled();
+                }
+            }
+        })?;
+        Ok(Self { shared, fills })
+    }
+
+    /// Serves the faults of a sandbox from now on. `kill` is called with the reason if that should
+    /// become impossible.
+    pub(crate) fn serve(
+        &self,
+        revived: Revived,
+        prefetch: Prefetch,
+        fill: bool,
+        kill: Box<dyn Fn(&str) + Send + Sync>,
+    ) -> io::Result<Arc<Returning>> {
+        let memory = Arc::new(Returning {
+            number: self.shared.next.fetch_add(1, Ordering::Relaxed),
+            fill: fill.into(),
+            spaces: Mutex::default(),
+            touched: Mutex::default(),
+            prefetch,
+            concluded: false.into(),
+            stopped: false.into(),
+            faults: 0.into(),
+            pages: revived.pages.into(),
+            kill,
+        });
+        for space in revived.spaces {
+            self.shared.watch(&memory, space)?;
+        }
+        Ok(memory)
+    }
+
+    /// Fills in the rest at low priority; `filled` is called when everything is there.
+    pub(crate) fn fill_later(
+        &self,
+        memory: &Arc<Returning>,
+        filled: impl FnOnce() + Send + 'static,
+    ) {
+        let job = FillJob { memory: Arc::clone(memory), filled: Box::new(filled) };
+        // The filler ends only with the process.
+        let _ = self.fills.send(job);
+    }
+
+    /// Serves the sandbox no longer: it is gone.
+    pub(crate) fn forget(&self, memory: &Returning) {
+        memory.stopped.store(true, Ordering::Release);
+        let keys: Vec<u64> = lock(&memory.spaces).iter().map(|watch| watch.key).collect();
+        for key in keys {
+            self.shared.unwatch(memory, key);
+        }
+    }
+
+    /// Fills in the rest at once. False if the sandbox is gone.
+    pub(crate) fn fill_now(&self, memory: &Arc<Returning>, buffers: &mut RestoreBuffers) -> bool {
+        self.shared.fill(memory, buffers)
+    }
+}
+
+impl Returning {
+    /// Tells the working set what was touched since the last time. The first time, after the first
+    /// request since the restore, concludes the trial of what was left out.
+    pub(crate) fn teach(&self, set: &mut WorkingSet) {
+        let touched = std::mem::take(&mut *lock(&self.touched));
+        for (process, addresses) in touched.iter().enumerate() {
+            set.touched(process, addresses);
+        }
+        if !self.concluded.swap(true, Ordering::AcqRel) {
+            set.conclude(&self.prefetch, &touched);
+        }
+    }
+
+    /// The restore's number.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Whether filling in the rest is due; true once at most.
+    pub(crate) fn take_fill_order(&self) -> bool {
+        self.fill.swap(false, Ordering::AcqRel)
+    }
+
+    /// Faults answered, and pages put back, so far.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        (self.faults.load(Ordering::Relaxed), self.pages.load(Ordering::Relaxed))
+    }
+
+    fn record(&self, process: usize, served: &Served) {
+        self.faults.fetch_add(served.faults, Ordering::Relaxed);
+        self.pages.fetch_add(served.pages, Ordering::Relaxed);
+        if !served.touched.is_empty() {
+            let mut touched = lock(&self.touched);
+            if touched.len() <= process {
+                touched.resize_with(process + 1, Vec::new);
+            }
+            touched[process].extend_from_slice(&served.touched);
+        }
+    }
+}
+
+impl Shared {
+    fn watch(&self, memory: &Arc<Returning>, space: Arc<AddressSpace>) -> io::Result<()> {
+        let key = self.next.fetch_add(1, Ordering::Relaxed);
+        lock(&self.watched).insert(key, (Arc::clone(&space), Arc::clone(memory)));
+        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT, key);
+        if let Err(error) = space.with_descriptor(|fd| self.epoll.add(fd, event)) {
+            lock(&self.watched).remove(&key);
+            return Err(error.into());
+        }
+        lock(&memory.spaces).push(Watch { key, space });
+        Ok(())
+    }
+
+    fn unwatch(&self, memory: &Returning, key: u64) {
+        lock(&self.watched).remove(&key);
+        // The descriptor leaves the set when its last holder closes it; others may hold it longer.
+        let mut spaces = lock(&memory.spaces);
+        if let Some(at) = spaces.iter().position(|watch| watch.key == key) {
+            let watch = spaces.swap_remove(at);
+            drop(spaces);
+            let _ = watch.space.with_descriptor(|fd| self.epoll.delete(fd));
+        }
+    }
+
+    fn answer_faults(&self) {
+        let mut buffers = RestoreBuffers::default();
+        let mut ready = [EpollEvent::empty(); 16];
+        loop {
+            let count = match self.epoll.wait(&mut ready, EpollTimeout::NONE) {
+                Ok(count) => count,
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(error) => {
+                    tracing::error!(%error, "waiting for faults");
+                    return;
+                }
+            };
+            for event in &ready[..count] {
+                let key = event.data();
+                let found = lock(&self.watched).get(&key).cloned();
+                let Some((space, memory)) = found else { continue };
+                let mut served = Served::default();
+                let result = space.serve(&mut buffers, &mut served);
+                self.settle(&memory, &space, served, result, key);
+            }
+        }
+    }
+
+    /// Notes what serving a space did, and waits for its next fault.
+    fn settle(
+        &self,
+        memory: &Arc<Returning>,
+        space: &AddressSpace,
+        mut served: Served,
+        result: Result<(), RestoreError>,
+        key: u64,
+    ) {
+        memory.record(space.process(), &served);
+        for child in served.children.drain(..) {
+            if let Err(error) = self.watch(memory, child) {
+                (memory.kill)(&format!("a forked process can't be served: {error}"));
+            }
+        }
+        match result {
+            Ok(()) => {
+                let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLONESHOT;
+                let mut event = EpollEvent::new(flags, key);
+                // Fails only if it was taken out meanwhile.
+                let _ = space.with_descriptor(|fd| self.epoll.modify(fd, &mut event));
+            }
+            Err(error) if error.is_gone() => self.unwatch(memory, key),
+            Err(error) => {
+                self.unwatch(memory, key);
+                (memory.kill)(&error.to_string());
+            }
+        }
+    }
+
+    /// Fills in everything. False if it was stopped or the sandbox is gone.
+    fn fill(&self, memory: &Arc<Returning>, buffers: &mut RestoreBuffers) -> bool {
+        loop {
+            let next = lock(&memory.spaces).last().map(|w| (w.key, Arc::clone(&w.space)));
+            let Some((key, space)) = next else { return true };
+            loop {
+                if memory.stopped.load(Ordering::Acquire) {
+                    return false;
+                }
+                let mut served = Served::default();
+                let result = space.fill(FILL_PAGES, buffers, &mut served);
+                memory.record(space.process(), &served);
+                for child in served.children.drain(..) {
+                    if let Err(error) = self.watch(memory, child) {
+                        (memory.kill)(&format!("a forked process can't be served: {error}"));
+                        return false;
+                    }
+                }
+                match result {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        self.unwatch(memory, key);
+                        break;
+                    }
+                    Err(error) if error.is_gone() => {
+                        self.unwatch(memory, key);
+                        break;
+                    }
+                    Err(error) => {
+                        self.unwatch(memory, key);
+                        (memory.kill)(&error.to_string());
+                        return false;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -1,0 +1,10 @@
+//! Scheduling priority of the platform's own threads.
+
+/// Makes the calling thread yield to every thread of ordinary priority (nice 10), for work that
+/// nobody waits for. Best effort; threads that it starts inherit it.
+pub fn lower_this_thread() {
+    // SAFETY: setpriority takes three integers. For PRIO_PROCESS, 0 is the calling thread on Linux.
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, 10);
+    }
+}
