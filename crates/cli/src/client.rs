@@ -74,6 +74,8 @@ pub struct Answer {
 pub struct Client {
     agent: Agent,
     url: String,
+    /// Say on standard error what is called.
+    verbose: bool,
 }
 
 impl Client {
@@ -92,11 +94,20 @@ impl Client {
             // A proxy for the outside world knows nothing of a platform on loopback.
             .proxy(None)
             .max_redirects(0)
+            // As many as the demo has requests under way, so that none waits for a connection.
+            .max_idle_connections(256)
+            .max_idle_connections_per_host(256)
             .timeout_connect(Some(Duration::from_secs(10)))
             .user_agent(concat!("medes/", env!("CARGO_PKG_VERSION")))
             .build()
             .into();
-        Ok(Self { agent, url: url.trim_end_matches('/').to_owned() })
+        Ok(Self { agent, url: url.trim_end_matches('/').to_owned(), verbose: false })
+    }
+
+    /// The same client, saying on standard error what it calls.
+    #[must_use]
+    pub fn verbose(self, verbose: bool) -> Self {
+        Self { verbose, ..self }
     }
 
     /// The platform's URL.
@@ -207,6 +218,9 @@ impl Client {
         path: &str,
         body: Option<Vec<u8>>,
     ) -> Result<Response<Body>, ClientError> {
+        if self.verbose {
+            eprintln!("medes: {method} {}{path}", self.url);
+        }
         let request = Request::builder().method(method).uri(format!("{}{path}", self.url));
         let result = match body {
             Some(body) => request

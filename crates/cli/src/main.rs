@@ -14,12 +14,16 @@ mod serve;
 mod units;
 mod wire;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
 use commands::Global;
+use medes_keeper::KeeperConfig;
+
 use commands::state::{DedupCommand, Operation, Target};
+use config::Log;
 use failure::{EXIT_CODES, Outcome};
 
 /// A serverless platform that deduplicates idle sandboxes in place.
@@ -52,11 +56,27 @@ enum Command {
     Doctor(doctor::DoctorCommand),
     Demo(demo::DemoCommand),
     Version(commands::version::VersionCommand),
+    #[command(name = serve::KEEPER_COMMAND, hide = true)]
+    Keeper(KeeperCommand),
 }
 
 /// Run the platform: controller, node and HTTP API in one process.
 #[derive(Debug, Args)]
 struct ServeCommand {}
+
+/// Hold sandboxes for a daemon, which starts this by itself.
+#[derive(Debug, Args)]
+struct KeeperCommand {
+    /// Where to make the socket.
+    #[arg(long)]
+    socket: PathBuf,
+    /// The name of the instance's cgroups.
+    #[arg(long)]
+    cgroup: String,
+    /// What to log.
+    #[arg(long, default_value = "info")]
+    log_level: String,
+}
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -83,6 +103,11 @@ fn run(command: Command, global: &Global) -> Outcome {
         Command::Doctor(c) => c.run(global),
         Command::Demo(c) => c.run(),
         Command::Version(c) => c.run(global),
+        Command::Keeper(c) => {
+            let config = KeeperConfig { socket: c.socket, cgroup: c.cgroup };
+            let log = Log { level: c.log_level, ..Log::default() };
+            Ok(serve::run_keeper(&config, &log)?)
+        }
     }
 }
 

@@ -29,7 +29,7 @@ pub struct Global {
     /// The configuration file [default: /etc/medes/medes.toml if it exists].
     #[arg(long, global = true, env = "MEDES_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Say more on standard error; twice for even more.
+    /// Say on standard error what is called; with `serve`, log more, twice for even more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }
@@ -40,7 +40,7 @@ impl Global {
     /// # Errors
     /// A usage failure if the URL is none.
     pub fn client(&self) -> Result<Client, Failure> {
-        Ok(Client::new(&self.url)?)
+        Ok(Client::new(&self.url)?.verbose(self.verbose > 0))
     }
 
     /// The configuration, and the file that it came from.

@@ -135,7 +135,7 @@ impl<'a> Measurement<'a> {
         self.wait_for_dedup(self.plan.idle + DEDUP_LIMIT)?;
 
         for cycle in 1..=self.plan.cycles {
-            self.line.step(&format!("dedup and back {cycle}/{}", self.plan.cycles));
+            self.line.repeat("dedup and back", cycle, self.plan.cycles);
             self.operate("dedup")?;
             self.wait_for_dedup(DEDUP_LIMIT)?;
             self.single()?;

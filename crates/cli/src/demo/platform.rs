@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -30,7 +30,7 @@ pub struct Platform {
     directory: Option<TempDir>,
     log: PathBuf,
     client: Client,
-    interrupted: Arc<AtomicBool>,
+    signals: Arc<Signals>,
     status: Option<ExitStatus>,
 }
 
@@ -54,6 +54,7 @@ impl Platform {
     pub fn start(settings: &Settings<'_>) -> Result<Self> {
         let mut builder = tempfile::Builder::new();
         builder.prefix("medes-demo-").disable_cleanup(settings.keep);
+        let signals = Signals::watch()?;
         let directory = match settings.parent {
             Some(parent) => builder.tempdir_in(parent),
             None => builder.tempdir(),
@@ -84,11 +85,10 @@ impl Platform {
         // Its own process group: Ctrl-C is for the demo, which then ends the platform in order.
         command.process_group(0);
         let child = command.spawn().context("starting `medes serve`")?;
-        let interrupted = Arc::new(AtomicBool::new(false));
-        watch_signals(interrupted.clone(), pid(&child))?;
+        signals.platform.store(pid(&child).as_raw(), Ordering::SeqCst);
         let client = Client::new(&format!("http://{listen}"))?;
         let mut platform =
-            Self { child, directory: Some(directory), log, client, interrupted, status: None };
+            Self { child, directory: Some(directory), log, client, signals, status: None };
         platform.wait_until_healthy()?;
         Ok(platform)
     }
@@ -105,7 +105,7 @@ impl Platform {
 
     /// Whether the user asked to stop.
     pub fn interrupted(&self) -> bool {
-        self.interrupted.load(Ordering::Relaxed)
+        self.signals.interrupted.load(Ordering::SeqCst)
     }
 
     /// The last lines of the platform's log.
@@ -182,8 +182,13 @@ impl Platform {
 
 impl Drop for Platform {
     fn drop(&mut self) {
-        if self.directory.is_some()
-            && let Err(e) = self.end()
+        if self.directory.is_none() {
+            return;
+        }
+        // That it ended by itself is what brought us here, and has been said.
+        let known = self.has_ended();
+        if let Err(e) = self.end()
+            && !known
         {
             eprintln!("medes: {e:#}");
         }
@@ -198,28 +203,43 @@ fn free_port() -> Result<SocketAddr> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?)
 }
 
-/// On SIGINT, SIGTERM or SIGHUP: note it and tell the platform to end, which also ends whatever
-/// call the demo is waiting in. The demo then finds the note and cleans up.
-fn watch_signals(interrupted: Arc<AtomicBool>, platform: Pid) -> Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
+/// What a signal has to do with.
+#[derive(Default)]
+struct Signals {
+    interrupted: AtomicBool,
+    /// The platform's process, 0 as long as there is none.
+    platform: AtomicI32,
+}
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-    let mut streams = {
-        let _context = runtime.enter();
-        [
-            signal(SignalKind::interrupt())?,
-            signal(SignalKind::terminate())?,
-            signal(SignalKind::hangup())?,
-        ]
-    };
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        runtime.block_on(async {
-            let [int, term, hup] = &mut streams;
-            tokio::select! { _ = int.recv() => {}, _ = term.recv() => {}, _ = hup.recv() => {} }
-            interrupted.store(true, Ordering::Relaxed);
-            // Fails only if the platform has gone already.
-            let _ = kill(platform, Signal::SIGTERM);
-        });
-    })?;
-    Ok(())
+impl Signals {
+    /// On SIGINT, SIGTERM or SIGHUP: notes it and tells the platform to end, which also ends
+    /// whatever call the demo is waiting in. The demo then finds the note and cleans up.
+    fn watch() -> Result<Arc<Self>> {
+        use tokio::signal::unix::{SignalKind, signal};
+
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        let mut streams = {
+            let _context = runtime.enter();
+            [
+                signal(SignalKind::interrupt())?,
+                signal(SignalKind::terminate())?,
+                signal(SignalKind::hangup())?,
+            ]
+        };
+        let signals = Arc::new(Self::default());
+        let noted = signals.clone();
+        std::thread::Builder::new().name("signals".into()).spawn(move || {
+            runtime.block_on(async {
+                let [int, term, hup] = &mut streams;
+                tokio::select! { _ = int.recv() => {}, _ = term.recv() => {}, _ = hup.recv() => {} }
+                noted.interrupted.store(true, Ordering::SeqCst);
+                let platform = noted.platform.load(Ordering::SeqCst);
+                if platform != 0 {
+                    // Fails only if the platform has gone already.
+                    let _ = kill(Pid::from_raw(platform), Signal::SIGTERM);
+                }
+            });
+        })?;
+        Ok(signals)
+    }
 }

@@ -42,7 +42,13 @@ impl View {
             bar.set_message("waits");
             bar
         });
-        Line { name: name.to_owned(), bar, step: String::new(), states: String::new() }
+        Line {
+            name: name.to_owned(),
+            bar,
+            step: String::new(),
+            count: String::new(),
+            states: String::new(),
+        }
     }
 }
 
@@ -56,6 +62,8 @@ pub struct Line {
     name: String,
     bar: Option<ProgressBar>,
     step: String,
+    /// How often the step has been done, of how many times; empty if it is done once.
+    count: String,
     states: String,
 }
 
@@ -66,6 +74,14 @@ impl Line {
             eprintln!("{}: {step}", self.name);
         }
         step.clone_into(&mut self.step);
+        self.count.clear();
+        self.draw();
+    }
+
+    /// A step that is done many times begins again. Without a terminal it is said once.
+    pub fn repeat(&mut self, step: &str, n: usize, of: usize) {
+        self.step(step);
+        self.count = format!(" {n}/{of}");
         self.draw();
     }
 
@@ -82,7 +98,7 @@ impl Line {
         if states == self.states {
             return;
         }
-        if self.bar.is_none() {
+        if self.bar.is_none() && self.count.is_empty() {
             eprintln!("{}: {states}", self.name);
         }
         self.states = states;
@@ -95,6 +111,7 @@ impl Line {
             eprintln!("{}: {text}", self.name);
         }
         text.clone_into(&mut self.step);
+        self.count.clear();
         self.draw();
         if let Some(bar) = &self.bar {
             bar.abandon();
@@ -103,7 +120,8 @@ impl Line {
 
     fn draw(&self) {
         if let Some(bar) = &self.bar {
-            bar.set_message(format!("{:24} {}", self.step, self.states));
+            let step = format!("{}{}", self.step, self.count);
+            bar.set_message(format!("{step:22} {}", self.states));
         }
     }
 }
