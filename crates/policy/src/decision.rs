@@ -5,8 +5,12 @@ use std::fmt::Debug;
 use medes_core::{FunctionId, SandboxId, SandboxState};
 use serde::{Deserialize, Serialize};
 
-use crate::eviction::{Eviction, Need, evict_least_recently_used};
-use crate::stats::FunctionStats;
+use crate::adaptive::Adaptive;
+use crate::eviction::{Evicting, Eviction, Need, evict_least_recently_used};
+use crate::greedy_dual::GreedyDual;
+use crate::medes::{Medes, Periods};
+use crate::objective::{Form, Objective};
+use crate::stats::{Directive, FunctionStats};
 
 /// Whether a sandbox can go dedup.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -37,6 +41,19 @@ pub struct IdleSandbox {
     pub dedupable: Dedupable,
     /// What it is charged for now, bytes.
     pub memory: u64,
+}
+
+impl IdleSandbox {
+    /// Least recently used first.
+    pub(crate) fn order(&self) -> (u64, SandboxId) {
+        (self.last_used_ms, self.id)
+    }
+
+    /// How long it has not been used, milliseconds.
+    #[must_use]
+    pub fn idle_for(&self, now_ms: u64) -> u64 {
+        now_ms.saturating_sub(self.last_used_ms)
+    }
 }
 
 /// The memory of the node, bytes.
@@ -78,11 +95,11 @@ pub struct Decision {
 }
 
 impl Decision {
-    fn keep_until(ask_again_ms: u64) -> Self {
+    pub(crate) fn keep_until(ask_again_ms: u64) -> Self {
         Self { action: Action::Keep, ask_again_ms }
     }
 
-    fn now(action: Action, now_ms: u64) -> Self {
+    pub(crate) fn now(action: Action, now_ms: u64) -> Self {
         Self { action, ask_again_ms: now_ms }
     }
 }
@@ -104,10 +121,43 @@ pub trait Policy: Send + Sync + Debug {
     /// Which of `idle` have to give way so that `need` is met, in the order in which they should.
     /// May meet less than the need if there is not enough to take.
     fn evict(&self, idle: &[IdleSandbox], need: Need) -> Vec<Eviction>;
+
+    /// Like [`Policy::evict`], for a caller that has the functions' statistics at hand.
+    fn evict_by(
+        &self,
+        idle: &[IdleSandbox],
+        need: Need,
+        _ctx: &mut Evicting<'_, '_>,
+    ) -> Vec<Eviction> {
+        self.evict(idle, need)
+    }
+
+    /// How often [`Policy::plan`] wants to be called, milliseconds; `None`: never.
+    fn plan_period_ms(&self) -> Option<u64> {
+        None
+    }
+
+    /// Looks at all functions at once. The answer's n-th directive is for the n-th of `functions`;
+    /// the caller keeps it in [`FunctionStats::directive`]. `pressure` is that of all nodes.
+    fn plan(
+        &self,
+        _now_ms: u64,
+        functions: &[&FunctionStats],
+        _pressure: Pressure,
+    ) -> Vec<Directive> {
+        vec![Directive::default(); functions.len()]
+    }
+
+    /// Asked when a function's last sandbox has gone whose last request ended at `last_used_ms`:
+    /// when to start one ahead of the next request, if at all. The caller does so if no request
+    /// has come until then, and gives the sandbox that same `last_used_ms`.
+    fn prewarm(&self, _now_ms: u64, _last_used_ms: u64, _stats: &FunctionStats) -> Option<u64> {
+        None
+    }
 }
 
 /// Which policy decides, and its periods (milliseconds).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(tag = "policy", rename_all = "kebab-case")]
 pub enum PolicyConfig {
     /// See [`Simple`].
@@ -124,6 +174,23 @@ pub enum PolicyConfig {
         /// Idle for this long: purge.
         keep_alive_ms: u64,
     },
+    /// See [`Medes`].
+    Medes {
+        /// What is wanted.
+        objective: Objective,
+        /// How it is worked out.
+        form: Form,
+        /// Warm without a request for this long: dedup, maybe.
+        idle_ms: u64,
+        /// Warm without a request for this long: not any longer.
+        keep_alive_ms: u64,
+        /// Dedup for this long: purge.
+        keep_dedup_ms: u64,
+    },
+    /// See [`Adaptive`].
+    Adaptive(Adaptive),
+    /// See [`GreedyDual`].
+    GreedyDual,
 }
 
 impl Default for PolicyConfig {
@@ -142,6 +209,12 @@ impl PolicyConfig {
                 Box::new(Simple { idle_ms, keep_alive_ms, keep_dedup_ms })
             }
             Self::FixedKeepAlive { keep_alive_ms } => Box::new(FixedKeepAlive { keep_alive_ms }),
+            Self::Medes { objective, form, idle_ms, keep_alive_ms, keep_dedup_ms } => {
+                let periods = Periods { idle_ms, keep_alive_ms, keep_dedup_ms };
+                Box::new(Medes { objective, form, periods })
+            }
+            Self::Adaptive(adaptive) => Box::new(adaptive),
+            Self::GreedyDual => Box::new(GreedyDual),
         }
     }
 }
@@ -222,7 +295,7 @@ impl Policy for FixedKeepAlive {
     }
 }
 
-fn purge_at(now_ms: u64, moment_ms: u64) -> Decision {
+pub(crate) fn purge_at(now_ms: u64, moment_ms: u64) -> Decision {
     if now_ms >= moment_ms {
         Decision::now(Action::Purge, now_ms)
     } else {

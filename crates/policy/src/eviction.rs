@@ -1,8 +1,12 @@
 //! Which idle sandboxes give way when there is not enough room.
 
-use medes_core::{SandboxId, SandboxState};
+use std::fmt;
+
+use medes_core::{FunctionId, SandboxId, SandboxState};
 
 use crate::decision::{Action, Dedupable, IdleSandbox};
+use crate::greedy_dual::AgingClock;
+use crate::stats::FunctionStats;
 
 /// What is missing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -22,9 +26,25 @@ pub struct Eviction {
     pub action: Action,
 }
 
+/// What a policy may look at to decide who gives way.
+pub struct Evicting<'s, 'c> {
+    /// The moment, milliseconds on the caller's clock.
+    pub now_ms: u64,
+    /// The statistics of each function.
+    pub stats: &'s dyn Fn(FunctionId) -> Option<&'s FunctionStats>,
+    /// What [`crate::GreedyDual`] remembers from one eviction to the next; one per node.
+    pub clock: &'c mut AgingClock,
+}
+
+impl fmt::Debug for Evicting<'_, '_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Evicting").field("now_ms", &self.now_ms).finish_non_exhaustive()
+    }
+}
+
 /// What part of a warm sandbox's memory its dedup is counted on to free, in percent. Low on
 /// purpose: who counts on too much starts a sandbox that then does not fit.
-const DEDUP_FREES_PERCENT: u64 = 60;
+pub const DEDUP_FREES_PERCENT: u64 = 60;
 
 /// Least recently used first; for memory, warm sandboxes go dedup before dedup ones go away, and
 /// warm ones that can't go dedup are purged last. For room, the oldest is purged, dedup before
@@ -44,12 +64,21 @@ pub fn evict_least_recently_used(idle: &[IdleSandbox], need: Need, dedup: bool) 
         .collect();
     candidates.sort_by_key(|(class, _, _, s)| (*class, s.last_used_ms, s.id));
 
+    take_until(need, candidates.into_iter().map(|(_, action, frees, s)| (action, frees, s)))
+}
+
+/// The first of `candidates` (what to do, bytes that it frees, the sandbox) that together meet the
+/// need.
+pub(crate) fn take_until<'a>(
+    need: Need,
+    candidates: impl Iterator<Item = (Action, u64, &'a IdleSandbox)>,
+) -> Vec<Eviction> {
     let mut missing = match need {
         Need::Bytes(n) => n,
         Need::Slots(n) => u64::from(n),
     };
     let mut evictions = Vec::new();
-    for (_, action, frees, s) in candidates {
+    for (action, frees, s) in candidates {
         if missing == 0 {
             break;
         }

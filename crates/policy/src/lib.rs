@@ -6,19 +6,37 @@
 
 #![forbid(unsafe_code)]
 
+mod adaptive;
 mod base;
 mod decision;
 mod eviction;
+mod forecast;
+mod gaps;
+mod greedy_dual;
 mod histogram;
+mod medes;
+mod model;
+mod objective;
+mod price;
 mod schedule;
 mod stats;
+mod targets;
 
+pub use adaptive::{Adaptive, IdleTimes, WindowSource, Windows};
 pub use base::{DEFAULT_BASE_THRESHOLD, base_due};
 pub use decision::{
     Action, Decision, Dedupable, FixedKeepAlive, IdleSandbox, Policy, PolicyConfig, Pressure,
     Simple,
 };
-pub use eviction::{Eviction, Need, evict_least_recently_used};
+pub use eviction::{DEDUP_FREES_PERCENT, Evicting, Eviction, Need, evict_least_recently_used};
+pub use forecast::forecast;
+pub use gaps::{Interval, ReuseGaps};
+pub use greedy_dual::{AgingClock, GreedyDual};
 pub use histogram::Histogram;
+pub use medes::{Medes, Periods};
+pub use model::{Model, WARM_STARTUP_FLOOR_US};
+pub use objective::{Form, Objective};
+pub use price::{Buyer, Keep, Outlook, spend};
 pub use schedule::choose;
-pub use stats::{FunctionStats, Latency, StatsSummary};
+pub use stats::{Directive, FunctionSettings, FunctionStats, Latency, Population, StatsSummary};
+pub use targets::{Split, budgets_by_rate, least_latency, least_memory};

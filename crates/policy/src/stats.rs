@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 use medes_core::StartKind;
 use serde::{Deserialize, Serialize};
 
+use crate::adaptive::IdleTimes;
+use crate::gaps::ReuseGaps;
 use crate::histogram::Histogram;
 
 /// The weight of the newest value in a moving average.
@@ -60,6 +62,55 @@ pub struct FunctionStats {
     windows: VecDeque<(u64, u32)>,
     warm_bytes: f64,
     dedup_bytes: f64,
+    restore_bytes: f64,
+    warm_start: Latency,
+    last_arrival_ms: Option<u64>,
+    idle_times: IdleTimes,
+    gaps: ReuseGaps,
+    /// How many sandboxes there are; the caller keeps it up to date.
+    pub population: Population,
+    /// What the operator set for this function alone.
+    pub settings: FunctionSettings,
+    /// What the policy's last plan says of this function; see [`crate::Policy::plan`].
+    pub directive: Directive,
+}
+
+/// How many sandboxes a function has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Population {
+    /// Warm, those included that are running, starting, or being restored.
+    pub warm: u32,
+    /// Dedup, those included that are on their way there.
+    pub dedup: u32,
+}
+
+/// What an operator can set for one function; where nothing is set, the policy's own value holds.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct FunctionSettings {
+    /// The latency target, as a multiple of a warm startup.
+    pub alpha: Option<f64>,
+    /// The memory budget, bytes.
+    pub budget: Option<u64>,
+    /// Warm without a request for this long: dedup, maybe. Milliseconds.
+    pub idle_ms: Option<u64>,
+    /// Warm without a request for this long: not any longer. Milliseconds.
+    pub keep_alive_ms: Option<u64>,
+    /// Dedup for this long: purge. Milliseconds.
+    pub keep_dedup_ms: Option<u64>,
+    /// How many times a usual function's latency counts when memory is short; 1 if not set.
+    pub priority: Option<f64>,
+}
+
+/// What a policy's plan says of one function.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct Directive {
+    /// Its part of the memory budget, bytes.
+    pub budget: Option<f64>,
+    /// How long its sandboxes stay warm without a request, milliseconds.
+    pub warm_ms: Option<u64>,
+    /// How long after their last request its sandboxes are purged, milliseconds.
+    pub purge_ms: Option<u64>,
 }
 
 /// [`FunctionStats`] in a form to be shown. Times are microseconds, sizes bytes; `None` where
@@ -87,6 +138,11 @@ pub struct StatsSummary {
 impl FunctionStats {
     /// Counts a request that arrived at `now_ms`.
     pub fn arrived(&mut self, now_ms: u64) {
+        if let Some(last) = self.last_arrival_ms {
+            let busy = self.execution.average_us().unwrap_or(0) / 1_000;
+            self.idle_times.record(now_ms.saturating_sub(last).saturating_sub(busy));
+        }
+        self.last_arrival_ms = Some(now_ms);
         let window = now_ms / WINDOW_MS;
         match self.windows.back_mut() {
             Some((last, count)) if *last == window => *count = count.saturating_add(1),
@@ -105,8 +161,23 @@ impl FunctionStats {
         match start {
             StartKind::Cold => self.cold_start.record(startup_us),
             StartKind::Dedup => self.restore.record(startup_us),
-            StartKind::Warm => {}
+            StartKind::Warm => self.warm_start.record(startup_us),
         }
+    }
+
+    /// A request took a sandbox, warm or dedup, that had stood idle for `gap_ms`.
+    pub fn reused(&mut self, gap_ms: u64) {
+        self.gaps.reused(gap_ms);
+    }
+
+    /// A sandbox last used at `last_used_ms` was ended.
+    pub fn purged(&mut self, now_ms: u64, last_used_ms: u64) {
+        self.gaps.purged(now_ms, last_used_ms);
+    }
+
+    /// A request had to have a sandbox started.
+    pub fn missed(&mut self, now_ms: u64) {
+        self.gaps.missed(now_ms);
     }
 
     /// Takes in what one sandbox used while warm, bytes.
@@ -117,6 +188,12 @@ impl FunctionStats {
     /// Takes in what one sandbox used while dedup, bytes.
     pub fn dedup_memory(&mut self, bytes: u64) {
         average(&mut self.dedup_bytes, bytes);
+    }
+
+    /// Takes in what one restore needed in memory besides the dedup sandbox and the warm one that
+    /// it became, bytes.
+    pub fn restore_memory(&mut self, bytes: u64) {
+        average(&mut self.restore_bytes, bytes);
     }
 
     /// How many requests found their sandbox in the state `start`.
@@ -131,13 +208,58 @@ impl FunctionStats {
         (self.warm_bytes > 0.0).then_some(self.warm_bytes as u64)
     }
 
+    /// The memory that one more dedup sandbox is expected to use; `None` before the first one.
+    #[must_use]
+    pub fn expected_dedup_bytes(&self) -> Option<u64> {
+        (self.dedup_bytes > 0.0).then_some(self.dedup_bytes as u64)
+    }
+
+    /// See [`FunctionStats::restore_memory`].
+    #[must_use]
+    pub fn expected_restore_bytes(&self) -> u64 {
+        self.restore_bytes as u64
+    }
+
+    /// Average startup of requests that found a warm sandbox, microseconds.
+    #[must_use]
+    pub fn warm_startup_us(&self) -> Option<u64> {
+        self.warm_start.average_us()
+    }
+
+    /// Times between requests, in the form that [`crate::Adaptive`] wants.
+    #[must_use]
+    pub fn idle_times(&self) -> &IdleTimes {
+        &self.idle_times
+    }
+
+    /// Times that sandboxes stood idle.
+    #[must_use]
+    pub fn gaps(&self) -> &ReuseGaps {
+        &self.gaps
+    }
+
+    /// When the last request arrived, milliseconds on the caller's clock.
+    #[must_use]
+    pub fn last_arrival_ms(&self) -> Option<u64> {
+        self.last_arrival_ms
+    }
+
+    /// Requests of the last hour.
+    #[must_use]
+    pub fn recent_requests(&self, now_ms: u64) -> u64 {
+        let window = now_ms / WINDOW_MS;
+        let recent = self.windows.iter().filter(|(w, _)| w + (WINDOWS as u64) > window);
+        recent.map(|(_, n)| u64::from(*n)).sum()
+    }
+
     /// Execution times.
     #[must_use]
     pub fn execution(&self) -> &Latency {
         &self.execution
     }
 
-    /// Startup times of one kind; `None` for warm starts, which have none.
+    /// Startup times of one kind; `None` for warm starts, of which there is the average only:
+    /// [`FunctionStats::warm_startup_us`].
     #[must_use]
     pub fn startup(&self, start: StartKind) -> Option<&Latency> {
         match start {
@@ -174,7 +296,7 @@ impl FunctionStats {
             arrivals_per_minute: self.arrivals_per_minute(now_ms),
             peak_per_minute: self.peak_per_minute(),
             warm_bytes: self.expected_warm_bytes(),
-            dedup_bytes: (self.dedup_bytes > 0.0).then_some(self.dedup_bytes as u64),
+            dedup_bytes: self.expected_dedup_bytes(),
         }
     }
 }
