@@ -41,6 +41,8 @@ pub struct KernelFeatures {
     pub forced_writes: bool,
     /// Seccomp filters of other processes can be suspended.
     pub suspend_seccomp: bool,
+    /// No security module forbids tracing outright (`kernel.yama.ptrace_scope` below 3).
+    pub tracing_allowed: bool,
 }
 
 /// Something that the kernel or this process's privileges lack.
@@ -75,6 +77,8 @@ impl KernelFeatures {
             pidfd_getfd: pidfd_getfd(),
             forced_writes: forced_writes(),
             suspend_seccomp: suspend_seccomp(),
+            tracing_allowed: fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
+                .map_or(true, |scope| scope.trim() != "3"),
             release,
         }
     }
@@ -93,6 +97,12 @@ impl KernelFeatures {
                 self.userfaultfd_features.contains(UserFaultFeatures::EVENTS),
                 "userfaultfd events",
                 "run with CAP_SYS_PTRACE in the initial user namespace",
+                true,
+            ),
+            (
+                self.tracing_allowed,
+                "the right to trace other processes",
+                "boot with kernel.yama.ptrace_scope below 3",
                 true,
             ),
             (self.pidfd_getfd, "pidfd_getfd", "install Linux 5.6 or later", true),

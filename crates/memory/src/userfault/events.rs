@@ -53,6 +53,12 @@ pub enum Event {
 impl UserFault {
     /// Appends the reports that wait, without waiting for any; returns their number.
     ///
+    /// The kernel hands out faults before other reports. Whoever serves them should first take
+    /// note of the changes that came with them, since a fault may be on a page that was just
+    /// given up; and should keep faults that meet [`FillError::Changing`](super::FillError)
+    /// for later, since a fork or a change of mappings is under way then, whose report may be
+    /// yet to come.
+    ///
     /// # Errors
     /// What the kernel reports, such as EMFILE when a fork's descriptor finds no place.
     pub fn read_events(&mut self, out: &mut Vec<Event>) -> io::Result<usize> {

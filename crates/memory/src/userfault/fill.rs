@@ -28,8 +28,8 @@ pub struct Filled {
 /// Why pages could not be put in. Those counted are in place.
 #[derive(Debug, thiserror::Error)]
 pub enum FillError {
-    /// The process is about to change its mappings and waits for its event to be read: read
-    /// the events, then go on with the rest.
+    /// The process forks or changes its mappings, and waits for its report to be read, or soon
+    /// will: read the events, then try the rest again.
     #[error("the process is changing its mappings; its events must be read first")]
     Changing {
         /// What was done.

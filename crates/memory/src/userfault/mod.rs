@@ -3,6 +3,12 @@
 //! The descriptor belongs to the target's address space, but every `UFFDIO_*` call works from
 //! the process that holds it. See the kernel's Documentation/admin-guide/mm/userfaultfd.rst.
 //!
+//! A thread that waits for a page inside a system call may hold locks of the kernel: of a pipe,
+//! for one. Writing to such a pipe, or reading from it, even without blocking, then waits in
+//! uninterruptible sleep until the page is there; and the thread itself can be neither frozen
+//! nor stopped until then. So whoever serves faults must do nothing else that could wait for the
+//! target, and faults must be served while it is being frozen.
+//!
 //! Closing the last descriptor of a userfaultfd unregisters everything: missing pages then
 //! read as zeros. Whoever holds a [`UserFault`] for a process with dropped pages must
 //! therefore outlive it, or [`UserFaultOptions::keep_in_target`] must be set.
@@ -22,6 +28,7 @@ pub use create::{CreateError, UserFaultOptions};
 pub use events::{Event, FaultKind};
 pub use fill::{CopyMode, FillError, Filled};
 
+use crate::mappings::Mappings;
 use crate::sys;
 
 /// Features of a userfaultfd (`UFFDIO_API`).
@@ -211,7 +218,9 @@ impl UserFault {
         Ok(())
     }
 
-    /// Ends all registrations, as [`unregister`](Self::unregister) does.
+    /// Ends all registrations, as [`unregister`](Self::unregister) does, of a process that has
+    /// not run since they were made. One that has may have moved or extended registered
+    /// mappings: for it there is [`unregister_process`](Self::unregister_process).
     ///
     /// # Errors
     /// The first error; all ranges are tried. Ranges that the process unmapped meanwhile are
@@ -225,6 +234,31 @@ impl UserFault {
                 self.registered.push(range);
                 result = result.and(Err(error));
             }
+        }
+        result
+    }
+
+    /// Ends the registrations of every mapping of `pid`, the process this userfaultfd belongs
+    /// to, wherever they are by now.
+    ///
+    /// A registered mapping stays registered when it grows (a stack, `mremap`) and when it
+    /// moves. With a descriptor left in the target, closing this one releases nothing, and a
+    /// part forgotten would block the first thread that touches a new page of it.
+    ///
+    /// # Errors
+    /// If the mappings cannot be read, or the first error of unregistering; all are tried.
+    pub fn unregister_process(&mut self, pid: i32) -> io::Result<()> {
+        let mut result = Ok(());
+        for mapping in Mappings::read(pid)?.iter().filter(|mapping| mapping.is_anonymous()) {
+            // EINVAL: changed since it was read, or never could be registered.
+            if let Err(error) = self.unregister(mapping.range())
+                && error.raw_os_error() != Some(libc::EINVAL)
+            {
+                result = result.and(Err(error));
+            }
+        }
+        if result.is_ok() {
+            self.registered.clear();
         }
         result
     }

@@ -1,7 +1,7 @@
 //! Whole evictions and restores.
 
-use crate::harness::{Cgroup, How, Saved, Target, evict, private_bytes};
-use medes_memory::session::{Freezer, Session, on_tracer_thread};
+use crate::harness::{Cgroup, How, Saved, Target, evict, evict_all, private_bytes};
+use medes_memory::session::{Freezer, on_tracer_thread};
 use medes_memory::tracee::SeizeOptions;
 use medes_memory::userfault::{UserFault, UserFaultFeatures, UserFaultOptions};
 
@@ -44,166 +44,6 @@ fn a_userfaultfd_is_used_again() {
     assert_eq!(link.to_str(), Some("anon_inode:[userfaultfd]"));
     restore_and_thaw(&cgroup, saved);
     assert_eq!(target.ask("check"), "ok");
-}
-
-#[test]
-fn pages_are_served_on_demand() {
-    let cgroup = Cgroup::new();
-    let mut target = Target::spawn("memory");
-    cgroup.add(target.pid);
-    for _ in 0..5 {
-        let mut saved = evict(&cgroup, target.pid, &How::with_events());
-        medes_memory::writer::write_pages(saved.pid, &saved.file, &saved.file_content).unwrap();
-        let stop = std::sync::atomic::AtomicBool::new(false);
-        let mut freezer = &cgroup;
-        let faults = std::thread::scope(|scope| {
-            let handler = scope.spawn(|| serve_faults(&mut saved, &stop));
-            freezer.thaw().unwrap();
-            let answer = target.ask("check");
-            stop.store(true, std::sync::atomic::Ordering::Relaxed);
-            let faults = handler.join().unwrap();
-            assert_eq!(answer, "ok");
-            faults
-        });
-        assert!(faults > 1000, "{faults} faults");
-        // The program has overwritten most pages; the rest goes back where it was. Stopping the
-        // threads keeps the freezer from ending their waits with EINTR.
-        on_tracer_thread(|| {
-            let session = Session::open(&cgroup, &SeizeOptions::default()).unwrap();
-            let mut rest = &saved.anonymous_content[..];
-            for run in &saved.anonymous {
-                let (content, tail) = rest.split_at(run.bytes() as usize);
-                saved.userfault.copy(run.start, content, Default::default()).unwrap();
-                rest = tail;
-            }
-            saved.userfault.unregister_all().unwrap();
-            session.close().unwrap();
-        });
-        freezer.thaw().unwrap();
-        assert_eq!(target.ask("check"), "ok");
-    }
-}
-
-/// Serves faults from what was saved until told to stop; returns their number.
-fn serve_faults(saved: &mut Saved, stop: &std::sync::atomic::AtomicBool) -> usize {
-    use medes_memory::userfault::Event;
-    use std::collections::HashMap;
-    let mut pages: HashMap<u64, &[u8]> = HashMap::new();
-    let mut rest = &saved.anonymous_content[..];
-    for run in &saved.anonymous {
-        for address in run.range().step_by(4096) {
-            let (content, tail) = rest.split_at(4096);
-            pages.insert(address, content);
-            rest = tail;
-        }
-    }
-    let mut faults = 0;
-    let mut events = Vec::new();
-    while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-        saved.userfault.read_events(&mut events).unwrap();
-        for event in events.drain(..) {
-            match event {
-                Event::Fault { address, .. } => {
-                    let page = address & !4095;
-                    faults += 1;
-                    let filled = match pages.get(&page) {
-                        Some(content) => saved.userfault.copy(page, content, Default::default()),
-                        None => saved.userfault.zeropage(page..page + 4096, false),
-                    };
-                    let filled = filled.unwrap();
-                    if filled.present > 0 {
-                        saved.userfault.wake(page..page + 4096).unwrap();
-                    }
-                }
-                Event::Remove(range) | Event::Unmap(range) => {
-                    for page in range.step_by(4096) {
-                        pages.remove(&page);
-                    }
-                }
-                Event::Remap { .. } | Event::Fork { .. } => {}
-            }
-        }
-        std::thread::yield_now();
-    }
-    faults
-}
-
-#[test]
-fn a_forked_child_of_a_lazily_restored_process_has_a_userfaultfd() {
-    use medes_memory::userfault::{CopyMode, Event};
-    let cgroup = Cgroup::new();
-    let mut target = Target::spawn("fork");
-    cgroup.add(target.pid);
-    let saved = evict(&cgroup, target.pid, &How::with_events());
-    let features = saved.userfault.features();
-    // Everything but the region that the child reads.
-    let largest = saved.anonymous.iter().map(|run| run.bytes()).max().unwrap();
-    let mut rest = &saved.anonymous_content[..];
-    let mut withheld = Vec::new();
-    for run in &saved.anonymous {
-        let (content, tail) = rest.split_at(run.bytes() as usize);
-        if run.bytes() == largest {
-            withheld.push((run.start, content));
-        } else {
-            saved.userfault.copy(run.start, content, CopyMode::default()).unwrap();
-        }
-        rest = tail;
-    }
-    medes_memory::writer::write_pages(saved.pid, &saved.file, &saved.file_content).unwrap();
-    let mut freezer = &cgroup;
-    freezer.thaw().unwrap();
-    target.send("fork");
-    let registered = saved.userfault.registered().to_vec();
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
-    let mut parent = saved.userfault;
-    let mut child: Option<UserFault> = None;
-    let mut child_faults = 0;
-    let serve = |uffd: &UserFault, address: u64| {
-        let page = address & !4095;
-        let content = withheld.iter().find_map(|(start, content)| {
-            let offset = page.checked_sub(*start)? as usize;
-            content.get(offset..offset + 4096)
-        });
-        match content {
-            Some(content) => uffd.copy(page, content, CopyMode::default()).unwrap(),
-            None => uffd.zeropage(page..page + 4096, false).unwrap(),
-        }
-    };
-    let answered = std::sync::atomic::AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let reply = scope.spawn(|| {
-            let reply = target.reply();
-            answered.store(true, std::sync::atomic::Ordering::Relaxed);
-            reply
-        });
-        while !answered.load(std::sync::atomic::Ordering::Relaxed) {
-            assert!(std::time::Instant::now() < until, "no answer");
-            let mut events = Vec::new();
-            parent.read_events(&mut events).unwrap();
-            for event in events {
-                match event {
-                    Event::Fault { address, .. } => drop(serve(&parent, address)),
-                    Event::Fork { child: fd } => {
-                        child = Some(UserFault::from_parts(fd, features, registered.clone(), None));
-                    }
-                    _ => {}
-                }
-            }
-            if let Some(child) = &mut child {
-                let mut events = Vec::new();
-                child.read_events(&mut events).unwrap();
-                for event in events {
-                    if let Event::Fault { address, .. } = event {
-                        child_faults += 1;
-                        serve(child, address);
-                    }
-                }
-            }
-            std::thread::yield_now();
-        }
-        assert_eq!(reply.join().unwrap(), "ok");
-    });
-    assert!(child_faults > 0);
 }
 
 #[test]
@@ -250,35 +90,65 @@ fn written_pages_are_found_after_a_restore() {
 }
 
 #[test]
-fn the_last_descriptor_in_the_target_keeps_pages_from_reading_as_zeros() {
+fn a_tree_of_processes_is_taken_at_once() {
     let cgroup = Cgroup::new();
-    let mut target = Target::spawn("fork");
-    cgroup.add(target.pid);
-    let mut how = How::with_events();
-    how.userfault.keep_in_target = true;
-    let mut saved = evict(&cgroup, target.pid, &how);
-    // Everything but the region's first pages is there, and nobody serves faults any more.
-    let largest = saved.anonymous.iter().position(|run| run.pages > 1).unwrap();
-    let withheld = saved.anonymous.remove(largest);
-    let offset: u64 = saved.anonymous[..largest].iter().map(|run| run.bytes()).sum();
-    let end = offset + withheld.bytes();
-    saved.anonymous_content.drain(offset as usize..end as usize);
-    saved.restore();
-    drop(saved);
+    let mut target = Target::spawn_with("tree", |command| {
+        // The children have to be born in the group.
+        let procs = cgroup.procs_file();
+        // SAFETY: one write between fork and exec.
+        unsafe {
+            std::os::unix::process::CommandExt::pre_exec(command, move || {
+                libc::write(std::os::fd::AsRawFd::as_raw_fd(&procs), c"0".as_ptr().cast(), 1);
+                Ok(())
+            });
+        }
+    });
     let mut freezer = &cgroup;
-    freezer.thaw().unwrap();
-    target.send("fork");
-    // It waits for the page, for ever.
-    let waiting = || {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", target.pid)).unwrap();
-        tasks.flatten().any(|task| {
-            std::fs::read_to_string(task.path().join("wchan"))
-                .is_ok_and(|wchan| wchan.contains("userfault"))
-        })
-    };
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    while !waiting() && std::time::Instant::now() < until {
-        std::thread::yield_now();
+    for _ in 0..10 {
+        let pids = freezer.processes().unwrap();
+        assert_eq!(pids.len(), 4);
+        let mut all = evict_all(&cgroup, &pids, &How::with_events());
+        for saved in &mut all {
+            saved.restore();
+            saved.userfault.unregister_all().unwrap();
+        }
+        freezer.thaw().unwrap();
+        assert_eq!(target.ask("check"), "ok");
     }
-    assert!(waiting());
+}
+
+#[test]
+fn a_copy_over_a_border_that_appeared_later_is_split() {
+    use medes_memory::pages::{PageClass, PageRun};
+    use medes_memory::tracee::ThreadGroup;
+    use medes_memory::userfault::{CopyMode, FillError, RegisterMode};
+    let mut target = Target::spawn("idle");
+    on_tracer_thread(|| {
+        const PAGES: u64 = 16;
+        let mut process = ThreadGroup::seize(target.pid, &SeizeOptions::default()).unwrap();
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let map = [0, PAGES * 4096, 3, flags, u64::MAX, 0];
+        let start = process.call("mmap", libc::SYS_mmap, map).unwrap();
+        let end = start + PAGES * 4096;
+        let mut userfault = UserFault::create(&mut process, &Default::default()).unwrap();
+        userfault.register(start..end, RegisterMode::Missing).unwrap();
+        // Three mappings now, one of them without access.
+        process
+            .call("mprotect", libc::SYS_mprotect, [start + 5 * 4096, 3 * 4096, 0, 0, 0, 0])
+            .unwrap();
+        let content: Vec<u8> = (0..PAGES * 4096).map(|index| (index / 4096 + 1) as u8).collect();
+        // One page is there already.
+        let early = start + 2 * 4096;
+        userfault.copy(early, &content[2 * 4096..3 * 4096], CopyMode::default()).unwrap();
+        let filled = userfault.copy(start, &content, CopyMode::default()).unwrap();
+        assert_eq!((filled.filled, filled.present), ((PAGES - 1) * 4096, 4096));
+        let run = PageRun { start, pages: PAGES as u32, class: PageClass::Anonymous };
+        assert!(crate::harness::content_of(target.pid, &[run]) == content);
+        let error = userfault.copy(end, &content[..4096], CopyMode::default()).unwrap_err();
+        assert!(matches!(error, FillError::NotRegistered { .. }), "{error}");
+        let error = userfault.copy(start + 1, &content[..4096], CopyMode::default()).unwrap_err();
+        assert!(matches!(error, FillError::Misaligned), "{error}");
+        process.call("munmap", libc::SYS_munmap, [start, PAGES * 4096, 0, 0, 0, 0]).unwrap();
+    });
+    assert_eq!(target.ask("alive?"), "ok");
 }

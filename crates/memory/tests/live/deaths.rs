@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use crate::harness::{Cgroup, Target, evict, plan, private_bytes, try_plan};
+use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_obstacles};
 use medes_memory::pages::PageRun;
 use medes_memory::reader::read_pages;
-use medes_memory::session::{Session, on_tracer_thread};
+use medes_memory::session::{Freezer, Session, on_tracer_thread};
 use medes_memory::tracee::{SeizeOptions, ThreadGroup};
 use medes_memory::userfault::{CopyMode, FillError, RegisterMode};
 use medes_memory::writer::write_pages;
@@ -157,4 +158,107 @@ fn what_is_not_registered_is_not_dropped() {
         assert!(private_bytes(pid) >= before);
     });
     assert_eq!(target.ask("check"), "ok");
+}
+
+/// A freezer that works until the group is thawed.
+struct Failing<'a>(&'a Cgroup, bool);
+
+impl Freezer for Failing<'_> {
+    fn freeze(&mut self) -> std::io::Result<()> {
+        if self.1 { Err(std::io::Error::other("broken")) } else { self.0.freeze() }
+    }
+
+    fn thaw(&mut self) -> std::io::Result<()> {
+        self.1 = true;
+        self.0.thaw()
+    }
+
+    fn processes(&mut self) -> std::io::Result<Vec<i32>> {
+        self.0.processes()
+    }
+}
+
+#[test]
+fn a_process_that_lacks_pages_and_cannot_be_frozen_is_killed() {
+    for evict in [true, false] {
+        let cgroup = Cgroup::new();
+        let mut target = Target::spawn("memory");
+        let pid = target.pid;
+        cgroup.add(pid);
+        on_tracer_thread(|| {
+            let failing = Failing(&cgroup, false);
+            let mut session = Session::open(failing, &SeizeOptions::default()).unwrap();
+            if evict {
+                let plan = plan(pid, &[]);
+                let mut userfault = session.userfault(pid, &Default::default()).unwrap();
+                // Nothing of what the kernel touches on the way to user space.
+                let largest = plan.eviction.anonymous.iter().max_by_key(|r| r.end - r.start);
+                let eviction = medes_memory::session::Eviction {
+                    register: plan.eviction.register.clone(),
+                    anonymous: vec![largest.unwrap().clone()],
+                    ..Default::default()
+                };
+                session.evict(pid, &mut userfault, &eviction).unwrap();
+            }
+            let error = session.close().unwrap_err();
+            assert!(error.to_string().contains("broken"), "{error}");
+        });
+        if evict {
+            assert!(target.exited(Duration::from_secs(5)));
+        } else {
+            assert_eq!(target.ask("check"), "ok");
+        }
+    }
+}
+
+#[test]
+fn a_panic_in_a_session_leaves_the_process_frozen_and_whole() {
+    let cgroup = Cgroup::new();
+    let mut target = Target::spawn("memory");
+    cgroup.add(target.pid);
+    let panicked = std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                let mut session = Session::open(&cgroup, &SeizeOptions::default()).unwrap();
+                session.process(target.pid).unwrap().scratch().unwrap();
+                std::panic::resume_unwind(Box::new("on purpose"));
+            })
+            .join()
+            .is_err()
+    });
+    assert!(panicked);
+    let mut freezer = &cgroup;
+    freezer.thaw().unwrap();
+    assert_eq!(target.ask("check"), "ok");
+}
+
+#[test]
+fn a_parent_in_vfork_is_refused_in_time_and_let_go() {
+    let mut target = Target::spawn("vfork");
+    let pid = target.pid;
+    let cgroup = Cgroup::new();
+    cgroup.add(pid);
+    target.send("go");
+    let until = std::time::Instant::now() + Duration::from_secs(5);
+    let child = loop {
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        let children = tasks.flatten().find_map(|task| {
+            std::fs::read_to_string(task.path().join("children")).ok()?.trim().parse::<i32>().ok()
+        });
+        if let Some(child) = children {
+            break child;
+        }
+        assert!(std::time::Instant::now() < until);
+    };
+    let options = ObstacleOptions { peers: &[child], ..Default::default() };
+    let found = find_obstacles(pid, &[], &options).unwrap();
+    assert_eq!(found, [Obstacle::SharedAddressSpace { pid, other: child }]);
+    on_tracer_thread(|| {
+        let options = SeizeOptions { deadline: Duration::from_millis(100), ..Default::default() };
+        let error = ThreadGroup::seize(pid, &options).err().unwrap();
+        assert!(error.to_string().contains("did not stop within"), "{error}");
+    });
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains("TracerPid:\t0"), "{status}");
+    kill(child);
 }

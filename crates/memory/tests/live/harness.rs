@@ -44,6 +44,10 @@ impl Cgroup {
         fs::write(self.path.join("cgroup.procs"), pid.to_string()).unwrap();
     }
 
+    pub fn procs_file(&self) -> fs::File {
+        fs::OpenOptions::new().write(true).open(self.path.join("cgroup.procs")).unwrap()
+    }
+
     fn set_frozen(&self, frozen: bool) -> io::Result<()> {
         fs::write(self.path.join("cgroup.freeze"), if frozen { "1" } else { "0" })?;
         let wanted = if frozen { "frozen 1" } else { "frozen 0" };
@@ -173,6 +177,14 @@ pub struct Saved {
 }
 
 impl Saved {
+    /// The userfaultfd, to be used while the rest is borrowed. What is left is of no use.
+    pub fn take_userfault(&mut self) -> UserFault {
+        let placeholder = fs::File::open("/dev/null").unwrap().into();
+        let features = self.userfault.features();
+        let none = UserFault::from_parts(placeholder, features, Vec::new(), None);
+        std::mem::replace(&mut self.userfault, none)
+    }
+
     /// Puts everything back.
     pub fn restore(&mut self) {
         let mut rest = &self.anonymous_content[..];
@@ -260,33 +272,33 @@ pub fn try_plan(pid: i32, keep: &[Range<u64>]) -> io::Result<Plan> {
 
 /// Takes everything from one process of a group; the group is frozen afterwards.
 pub fn evict(cgroup: &Cgroup, pid: i32, how: &How) -> Saved {
+    evict_all(cgroup, &[pid], how).pop().expect("one process")
+}
+
+/// Takes everything from processes of a group at once.
+pub fn evict_all(cgroup: &Cgroup, pids: &[i32], how: &How) -> Vec<Saved> {
     on_tracer_thread(|| {
         let mut session = Session::open(cgroup, &SeizeOptions::default()).unwrap();
-        let process = session.process(pid).expect("the target is in the group");
-        let keep: Vec<_> = process
-            .rseq_areas()
-            .unwrap()
-            .iter()
-            .flat_map(|area| area.resident_pages().collect::<Vec<_>>())
-            .collect();
-        let mut plan = plan(pid, &keep);
-        plan.eviction.track_writes = how.track_writes;
-        let anonymous_content = content_of(pid, &plan.anonymous);
-        let file_content = content_of(pid, &plan.file);
-        let mut userfault = session.userfault(pid, &how.userfault).unwrap();
-        let evicted = session.evict(pid, &mut userfault, &plan.eviction).unwrap();
-        assert!(evicted.left_resident.is_empty(), "{:?}", evicted.left_resident);
+        let all = pids.iter().map(|pid| evict_one(&mut session, *pid, how)).collect();
         session.close().unwrap();
-        Saved {
-            pid,
-            userfault,
-            anonymous: plan.anonymous,
-            anonymous_content,
-            file: plan.file,
-            file_content,
-            evicted,
-        }
+        all
     })
+}
+
+fn evict_one(session: &mut Session<&Cgroup>, pid: i32, how: &How) -> Saved {
+    let process = session.process(pid).expect("the target is in the group");
+    let areas = process.rseq_areas().unwrap();
+    let keep: Vec<_> =
+        areas.iter().flat_map(|area| area.resident_pages().collect::<Vec<_>>()).collect();
+    let mut plan = plan(pid, &keep);
+    plan.eviction.track_writes = how.track_writes;
+    let anonymous_content = content_of(pid, &plan.anonymous);
+    let file_content = content_of(pid, &plan.file);
+    let mut userfault = session.userfault(pid, &how.userfault).unwrap();
+    let evicted = session.evict(pid, &mut userfault, &plan.eviction).unwrap();
+    assert!(evicted.left_resident.is_empty(), "{:?}", evicted.left_resident);
+    let Plan { anonymous, file, .. } = plan;
+    Saved { pid, userfault, anonymous, anonymous_content, file, file_content, evicted }
 }
 
 /// Private memory of a process in bytes.

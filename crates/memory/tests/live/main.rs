@@ -6,6 +6,7 @@
 mod cycle;
 mod deaths;
 mod harness;
+mod lazy;
 mod obstacles;
 mod scanning;
 mod syscalls;

@@ -67,28 +67,3 @@ fn the_dead_and_the_bodiless_are_found() {
     assert_eq!(obstacles(pid), [Obstacle::Gone { pid }]);
     assert_eq!(obstacles(2), [Obstacle::KernelThread { pid: 2 }]);
 }
-
-#[test]
-fn a_shared_address_space_is_found() {
-    extern "C" fn pause(_: *mut libc::c_void) -> i32 {
-        // SAFETY: takes nothing.
-        unsafe { libc::pause() }
-    }
-    let mut stack = vec![0u8; 64 << 10];
-    // SAFETY: the child shares our memory, runs on a stack of its own that outlives it, and
-    // touches nothing else.
-    let child = unsafe {
-        let top = stack.as_mut_ptr().add(stack.len() & !15).cast();
-        libc::clone(pause, top, libc::CLONE_VM | libc::SIGCHLD, std::ptr::null_mut())
-    };
-    assert!(child > 0);
-    let options = ObstacleOptions { peers: &[child], ..Default::default() };
-    let own = std::process::id() as i32;
-    let found = find_obstacles(own, &[], &options).unwrap();
-    // SAFETY: takes integers and no pointer.
-    unsafe {
-        libc::kill(child, libc::SIGKILL);
-        libc::waitpid(child, std::ptr::null_mut(), 0);
-    }
-    assert_eq!(found, [Obstacle::SharedAddressSpace { pid: own, other: child }]);
-}

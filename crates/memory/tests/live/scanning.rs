@@ -1,8 +1,9 @@
 //! Scanning and reading without changing anything.
 
-use crate::harness::{Target, content_of};
+use crate::harness::{Cgroup, Target, content_of};
 use medes_memory::mappings::Mappings;
 use medes_memory::pages::{PageClass, PageRun, PageScanner};
+use medes_memory::session::Freezer;
 
 fn all_runs(pid: i32, scanner: &mut PageScanner) -> Vec<PageRun> {
     let mut runs = Vec::new();
@@ -12,14 +13,23 @@ fn all_runs(pid: i32, scanner: &mut PageScanner) -> Vec<PageRun> {
     runs
 }
 
+/// A process that changes nothing between two scans.
+fn frozen_target() -> (Cgroup, Target) {
+    let cgroup = Cgroup::new();
+    let target = Target::spawn("idle");
+    cgroup.add(target.pid);
+    let mut freezer = &cgroup;
+    freezer.freeze().unwrap();
+    (cgroup, target)
+}
+
 fn pages(runs: &[PageRun], class: PageClass) -> Vec<u64> {
     runs.iter().filter(|run| run.class == class).flat_map(|run| run.range().step_by(4096)).collect()
 }
 
 #[test]
 fn both_ways_of_scanning_agree() {
-    // Idle: nothing changes between the scans.
-    let target = Target::spawn("idle");
+    let (_cgroup, target) = frozen_target();
     let scanned = all_runs(target.pid, &mut PageScanner::open(target.pid).unwrap());
     let read = all_runs(target.pid, &mut PageScanner::open_without_scan(target.pid).unwrap());
     assert_eq!(pages(&scanned, PageClass::FileCow), pages(&read, PageClass::FileCow));
@@ -32,7 +42,7 @@ fn both_ways_of_scanning_agree() {
 
 #[test]
 fn scanning_faults_nothing_in() {
-    let target = Target::spawn("idle");
+    let (_cgroup, target) = frozen_target();
     let mut scanner = PageScanner::open(target.pid).unwrap();
     let before = all_runs(target.pid, &mut scanner);
     let content = content_of(target.pid, &before);

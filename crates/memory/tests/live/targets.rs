@@ -17,6 +17,9 @@ pub fn run(name: &str) {
         "aio" => aio(),
         "signals" => signals(),
         "fork" => fork(),
+        "remap" => remap(),
+        "tree" => tree(),
+        "vfork" => vfork(),
         "threads" => churning_threads(),
         "idle" => serve(|_| "ok".to_owned()),
         other => panic!("no target {other}"),
@@ -448,4 +451,89 @@ fn churning_threads() {
         });
     }
     serve(|_| "ok".to_owned());
+}
+
+/// Moves and extends its region on request, and then writes to the new part.
+fn remap() {
+    let mut region = Region::map(1 << 20, 12);
+    region.fill(12);
+    serve(|line| {
+        let check = |region: &Region| region.check("moved", |_| 0).err().unwrap_or("ok".to_owned());
+        if line == "move" {
+            // SAFETY: nothing but `region` refers to the mapping.
+            let moved = unsafe {
+                libc::mremap(region.start.cast(), 1 << 20, 4 << 20, libc::MREMAP_MAYMOVE)
+            };
+            assert_ne!(moved, libc::MAP_FAILED);
+            region.start = moved.cast();
+        }
+        if line == "extend" {
+            region.words = (4 << 20) / 8;
+            region.fill(13);
+        }
+        check(&region)
+    });
+}
+
+/// A parent and three children, each of which checks memory of its own.
+fn tree() {
+    let mut region = Region::map(1 << 20, 14);
+    region.fill(14);
+    let children: Vec<(i32, [i32; 2], [i32; 2])> = (0..3u64)
+        .map(|index| {
+            let (mut to, mut from) = ([0; 2], [0; 2]);
+            // SAFETY: plain descriptors; the child of this single thread only uses memory of
+            // its own and leaves by _exit.
+            unsafe {
+                libc::pipe(to.as_mut_ptr());
+                libc::pipe(from.as_mut_ptr());
+                let child = libc::fork();
+                if child == 0 {
+                    let mut round = 20 + index;
+                    region.fill(round);
+                    loop {
+                        let mut byte = 0u8;
+                        if libc::read(to[0], ptr::from_mut(&mut byte).cast(), 1) != 1 {
+                            libc::_exit(0);
+                        }
+                        byte = u8::from(region.check("child", |_| 0).is_ok());
+                        round += 1;
+                        region.fill(round);
+                        libc::write(from[1], ptr::from_ref(&byte).cast(), 1);
+                    }
+                }
+                (child, to, from)
+            }
+        })
+        .collect();
+    serve(|_| {
+        let mut verdict = region.check("parent", |_| 0).err().unwrap_or("ok".to_owned());
+        for (child, to, from) in &children {
+            let mut byte = 0u8;
+            // SAFETY: plain descriptors and a local byte.
+            unsafe {
+                libc::write(to[1], ptr::from_ref(&byte).cast(), 1);
+                libc::read(from[0], ptr::from_mut(&mut byte).cast(), 1);
+            }
+            if byte != 1 {
+                verdict = format!("child {child}");
+            }
+        }
+        verdict
+    });
+}
+
+/// Sits in vfork: its child shares the address space and waits.
+fn vfork() {
+    say("ready");
+    // The group is joined before the child is born into it.
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    // SAFETY: the child makes system calls only and leaves by _exit.
+    unsafe {
+        if libc::syscall(libc::SYS_vfork) == 0 {
+            libc::syscall(libc::SYS_pause);
+            libc::_exit(0);
+        }
+    }
 }
