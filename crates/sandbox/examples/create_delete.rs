@@ -26,11 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         code: None,
         layers: vec![],
         tmp_size_bytes: 16 << 20,
-        process: Process {
-            args: vec!["/bin/sleep".into(), "1000".into()],
-            cwd: "/".into(),
-            ..Process::default()
-        },
+        process: Process { args: vec!["/bin/sleep".into(), "1000".into()], ..Process::default() },
         host_uid: 0x7000_0000,
         resources: Resources {
             memory_limit_bytes: 128 << 20,

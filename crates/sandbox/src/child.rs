@@ -119,6 +119,15 @@ unsafe fn carry_out(step: &Step, index: u32, vectors: &Vectors, channel: RawFd) 
         }
         Step::Descriptor { from, to } => move_descriptor(*from, *to),
         Step::Session => call!(libc::SYS_setsid).map(drop),
+        Step::OrdinaryPriority => {
+            let none = 0i32;
+            call!(libc::SYS_sched_setscheduler, 0, libc::SCHED_OTHER, &raw const none)?;
+            match call!(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, 0) {
+                // From below, which takes a capability that root may lack, and does no harm.
+                Ok(_) | Err(libc::EACCES | libc::EPERM) => Ok(()),
+                Err(e) => Err(e),
+            }
+        }
         Step::ResourceLimit { resource, soft, hard, .. } => {
             let limit = libc::rlimit64 { rlim_cur: *soft, rlim_max: *hard };
             let none = null_mut::<libc::rlimit64>();

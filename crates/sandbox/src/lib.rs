@@ -32,6 +32,12 @@
 //! removes namespaces and mounts. Cgroups stay until [`Running::destroy`], and after a crash until
 //! [`CgroupRoot::remove_all`].
 //!
+//! # The first process
+//!
+//! The program is process 1 of its pid namespace: when it ends, everything else is killed. Like
+//! every init it gets no signal from inside that it does not handle, not even SIGKILL, and it
+//! inherits orphans, which count against the limit of processes until it waits for them.
+//!
 //! # Requirements
 //!
 //! Linux 5.15 or newer, root, a cgroup version 2 hierarchy (with or without controllers).

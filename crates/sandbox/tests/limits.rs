@@ -5,7 +5,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Instance, LONG, processes_of};
-use medes_sandbox::Exit;
+use medes_sandbox::{Exit, Rlimit, RlimitResource};
 
 #[test]
 fn a_memory_hog_is_killed_and_that_is_visible() {
@@ -110,7 +110,19 @@ fn a_processor_share_is_enforced() {
 }
 
 #[test]
-fn open_files_and_core_dumps_are_limited() {
+fn resource_limits_are_the_sandbox_s_own() {
     let i = Instance::new();
-    assert_eq!(i.output("ulimit -Sn; ulimit -Hn; ulimit -c"), "1024\n4096\n0\n");
+    let mut spec = i.shell("cat /proc/self/limits; nice");
+    spec.process.rlimits = vec![Rlimit { resource: RlimitResource::Cpu, soft: 60, hard: 70 }];
+    let (exit, out, err) = i.run(&spec);
+    assert_eq!(exit, Exit::Code(0), "{out}{err}");
+    let limit = |name: &str| -> Vec<&str> {
+        let line = out.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+        line.split_whitespace().take(2).collect()
+    };
+    assert_eq!(limit("Max open files"), ["1024", "4096"]);
+    assert_eq!(limit("Max core file size"), ["0", "0"]);
+    assert_eq!(limit("Max locked memory"), ["65536", "65536"]);
+    assert_eq!(limit("Max cpu time"), ["60", "70"]);
+    assert_eq!(out.lines().last(), Some("0"));
 }

@@ -89,18 +89,39 @@ impl Builder {
         self.steps.push(Step::Descriptor { from: fds.stdout, to: 1 });
         self.steps.push(Step::Descriptor { from: fds.stderr, to: 2 });
         self.steps.push(Step::Session);
+        self.steps.push(Step::OrdinaryPriority);
         self.resource_limits(spec);
         self.steps.push(Step::NoGroups);
     }
 
+    /// Sets every limit, so that soft limits do not depend on how the platform was started. The
+    /// platform's hard limits stay: raising them takes a capability that root may lack.
     fn resource_limits(&mut self, spec: &SandboxSpec) {
         let mut limit = |resource, name, soft, hard| {
             self.steps.push(Step::ResourceLimit { resource, name, soft, hard });
         };
         // A program may ask for more stack for the programs it starts; it only moves their layout.
-        limit(libc::RLIMIT_STACK, "stack", spec.layout.stack_limit_bytes, libc::RLIM_INFINITY);
-        limit(libc::RLIMIT_CORE, "core", 0, 0);
-        limit(libc::RLIMIT_NOFILE, "nofile", 1024, 4096);
+        let stack = spec.layout.stack_limit_bytes;
+        limit(libc::RLIMIT_STACK, "stack", stack, hard_limit(libc::RLIMIT_STACK));
+        const NONE: u64 = libc::RLIM_INFINITY;
+        for (resource, name, soft, hard) in [
+            (libc::RLIMIT_CORE, "core", 0, 0),
+            (libc::RLIMIT_NOFILE, "nofile", 1024, 4096),
+            (libc::RLIMIT_MEMLOCK, "memlock", 64 << 10, 64 << 10),
+            (libc::RLIMIT_MSGQUEUE, "msgqueue", 819_200, 819_200),
+            (libc::RLIMIT_SIGPENDING, "sigpending", 1024, 1024),
+            (libc::RLIMIT_NICE, "nice", 0, 0),
+            (libc::RLIMIT_RTPRIO, "rtprio", 0, 0),
+            (libc::RLIMIT_AS, "as", NONE, NONE),
+            (libc::RLIMIT_CPU, "cpu", NONE, NONE),
+            (libc::RLIMIT_DATA, "data", NONE, NONE),
+            (libc::RLIMIT_FSIZE, "fsize", NONE, NONE),
+            // Processes are counted by the cgroup.
+            (libc::RLIMIT_NPROC, "nproc", NONE, NONE),
+        ] {
+            let most = hard_limit(resource);
+            limit(resource, name, soft.min(most), hard.min(most));
+        }
         for l in &spec.process.rlimits {
             let (resource, name) = match l.resource {
                 RlimitResource::As => (libc::RLIMIT_AS, "as"),
@@ -355,6 +376,15 @@ impl Builder {
     fn covering(&self, path: &Path) -> Option<&Path> {
         self.covered.iter().find(|c| path.starts_with(c)).map(|c| &**c)
     }
+}
+
+/// How far this process may raise a resource limit.
+fn hard_limit(resource: u32) -> u64 {
+    let mut limit = libc::rlimit64 { rlim_cur: 0, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: the kernel writes a limit where one is. It fails only for unknown resources, and the
+    // attempt to set such a limit will tell.
+    unsafe { libc::getrlimit64(resource, &raw mut limit) };
+    limit.rlim_max
 }
 
 /// What `source` is: for a symbolic link its own target, otherwise its path without links.

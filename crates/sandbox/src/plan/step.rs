@@ -25,6 +25,8 @@ pub(crate) enum Step {
         to: RawFd,
     },
     Session,
+    /// The scheduler treats it as any other process, whatever it grants the platform.
+    OrdinaryPriority,
     ResourceLimit {
         resource: u32,
         name: &'static str,
@@ -111,6 +113,7 @@ impl fmt::Display for Step {
             Self::JoinCgroup { path, .. } => write!(f, "joining the cgroup {}", path.display()),
             Self::Descriptor { to, .. } => write!(f, "installing descriptor {to}"),
             Self::Session => f.write_str("starting a session"),
+            Self::OrdinaryPriority => f.write_str("setting the scheduling priority"),
             Self::ResourceLimit { name, soft, hard, .. } => {
                 write!(f, "setting the resource limit {name} to {soft} (at most {hard})")
             }

@@ -15,7 +15,7 @@ fn spec() -> SandboxSpec {
         code: None,
         layers: vec![],
         tmp_size_bytes: 1 << 20,
-        process: Process { args: vec!["/bin/true".into()], cwd: "/".into(), ..Process::default() },
+        process: Process { args: vec!["/bin/true".into()], ..Process::default() },
         host_uid: 100_000,
         resources: Resources { memory_limit_bytes: 1 << 26, pids_max: 10, cpu_millicores: None },
         layout: Layout::fixed(1),
