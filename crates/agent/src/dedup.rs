@@ -191,8 +191,8 @@ pub fn dedup<F: Freezer>(
     holder: &dyn Holder,
     cancel: &AtomicBool,
 ) -> Result<Deduplicated, DedupError> {
-    let operation = Operation { store, registry, subject, options, holder, cancel };
-    let result = operation.run(&mut freezer);
+    let operation = Operation { store, registry, subject, options, cancel };
+    let result = operation.run(&mut freezer, holder);
     if !matches!(result, Ok(_) | Err(DedupError::Lost(_)))
         && let Err(error) = freezer.thaw()
     {
@@ -201,12 +201,49 @@ pub fn dedup<F: Freezer>(
     result
 }
 
+/// What a dedup operation would come to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Estimate {
+    /// What would be done; `commit_us` is 0.
+    pub counts: Counts,
+    /// The size that the image would have in the page store, bytes: table and patches.
+    pub image_bytes: u64,
+}
+
+/// Finds out what [`dedup`] would come to. The processes should be frozen; nothing of them is
+/// changed, and nothing is stored unless `options` ask for a new base.
+///
+/// # Errors
+/// [`DedupError`], as `dedup` would have it.
+pub fn estimate(
+    pids: &[i32],
+    store: &Store,
+    registry: &dyn Registry,
+    subject: Subject,
+    options: Options,
+    cancel: &AtomicBool,
+) -> Result<Estimate, DedupError> {
+    let operation = Operation { store, registry, subject, options, cancel };
+    let begin = Instant::now();
+    let plan = Plan::of(pids).map_err(Hindrance::Plan)?;
+    let encoded = operation.encode(&batches(&plan))?;
+    let mut counts = operation.count(&encoded);
+    counts.encode_us = micros(begin);
+    let anonymous = |p: &crate::plan::ProcessPlan| {
+        p.mappings.iter().filter(|m| !m.file).map(|m| m.start..m.end).collect()
+    };
+    let registered = plan.processes.iter().map(anonymous).collect();
+    let (table, _) = table(&plan, &encoded, registered)?;
+    let image_bytes = table.encode().len() as u64 + encoded.patches.len() as u64;
+    Ok(Estimate { counts, image_bytes })
+}
+
+#[derive(Clone, Copy)]
 struct Operation<'a> {
     store: &'a Store,
     registry: &'a dyn Registry,
     subject: Subject,
     options: Options,
-    holder: &'a dyn Holder,
     cancel: &'a AtomicBool,
 }
 
@@ -227,21 +264,21 @@ struct Batch {
 }
 
 impl Operation<'_> {
-    fn run<F: Freezer>(&self, freezer: &mut F) -> Result<Deduplicated, DedupError> {
+    fn run<F: Freezer>(
+        &self,
+        freezer: &mut F,
+        holder: &dyn Holder,
+    ) -> Result<Deduplicated, DedupError> {
         let begin = Instant::now();
         freezer.freeze().map_err(Hindrance::Freeze)?;
         let pids = freezer.processes().map_err(Hindrance::Freeze)?;
         let plan = Plan::of(&pids).map_err(Hindrance::Plan)?;
         let batches = batches(&plan);
-        let encoded = if self.options.new_base {
-            self.encode_as_base(&batches)?
-        } else {
-            self.encode(&batches)?
-        };
+        let encoded = self.encode(&batches)?;
         let mut counts = self.count(&encoded);
         counts.encode_us = micros(begin);
         let begin = Instant::now();
-        let mut done = self.commit(freezer, &plan, &batches, encoded, counts)?;
+        let mut done = self.commit(freezer, holder, &plan, &batches, encoded, counts)?;
         done.counts.commit_us = micros(begin);
         Ok(done)
     }
@@ -283,8 +320,16 @@ impl Operation<'_> {
         Ok(Encoded { sources, patches: Vec::new(), hashes, held })
     }
 
-    /// Encodes all batches against the bases there are, on as many threads as allowed.
     fn encode(&self, batches: &[Batch]) -> Result<Encoded, DedupError> {
+        if self.options.new_base {
+            self.encode_as_base(batches)
+        } else {
+            self.encode_against_bases(batches)
+        }
+    }
+
+    /// Encodes all batches against the bases there are, on as many threads as allowed.
+    fn encode_against_bases(&self, batches: &[Batch]) -> Result<Encoded, DedupError> {
         let Subject { domain, function, near, scope } = self.subject;
         let mut own = match scope {
             Scope::Any | Scope::SameFunction => self.store.snapshots_of(domain, function),
@@ -370,6 +415,7 @@ impl Operation<'_> {
     fn commit<F: Freezer>(
         &self,
         freezer: &mut F,
+        holder: &dyn Holder,
         plan: &Plan,
         batches: &[Batch],
         encoded: Encoded,
@@ -390,10 +436,10 @@ impl Operation<'_> {
             }
         };
         let descriptors: Vec<BorrowedFd<'_>> = userfaults.iter().map(AsFd::as_fd).collect();
-        let held = self.holder.hold(&image, &descriptors).map_err(Hindrance::Holder);
+        let held = holder.hold(&image, &descriptors).map_err(Hindrance::Holder);
         let held = held
             .map_err(DedupError::from)
-            .and_then(|()| self.check_cancelled().inspect_err(|_| self.holder.release()));
+            .and_then(|()| self.check_cancelled().inspect_err(|_| holder.release()));
         if let Err(error) = held {
             let released = userfaults.iter_mut().try_for_each(UserFault::unregister_all);
             self.store.remove_image(image);
@@ -410,7 +456,7 @@ impl Operation<'_> {
         if let Err(error) = &dropped {
             tracing::warn!(%error, "dropping pages failed; they are put back");
             // The holder puts the pages back and thaws; those still there are left alone.
-            let back = if closed.is_ok() { self.holder.put_back() } else { Err(String::new()) };
+            let back = if closed.is_ok() { holder.put_back() } else { Err(String::new()) };
             if let Err(why) = back {
                 return Err(DedupError::Lost(format!("{error}; then: {why}")));
             }

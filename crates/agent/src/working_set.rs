@@ -6,26 +6,23 @@
 //! out by leaving a small share out, another one each time: what nobody touches in two such trials
 //! is forgotten. So the set follows a function that changes, in both directions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
 use medes_pages::PAGE_SIZE;
 
-use crate::restore::NEIGHBOURS;
+const PAGE: u64 = PAGE_SIZE as u64;
 
-/// Bytes in a block, the unit of the working set: what one fault puts back.
-const BLOCK: u64 = NEIGHBOURS * PAGE_SIZE as u64;
+/// One page in so many is left out at each restore.
+const SHARE: u64 = 64;
 
-/// One block in so many is left out at each restore.
-const SHARE: u64 = 32;
-
-/// A block that was left out this many times without being touched is forgotten.
+/// A page that was left out this many times without being touched is forgotten.
 const TRIALS: u8 = 2;
 
 /// The working set of one function (or of one sandbox, if its addresses are its own).
 #[derive(Clone, Debug, Default)]
 pub struct WorkingSet {
-    /// Per process of the image: blocks by address, with the trials they failed in a row.
+    /// Per process of the image: pages by address, with the trials they failed in a row.
     processes: Vec<BTreeMap<u64, u8>>,
     restores: u64,
 }
@@ -38,17 +35,25 @@ pub struct Prefetch {
     trial: u64,
 }
 
+impl Prefetch {
+    /// Whether nothing is put back beforehand.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ranges.iter().all(Vec::is_empty)
+    }
+}
+
 impl WorkingSet {
     /// What to put back at the next restore.
     pub fn prefetch(&mut self) -> Prefetch {
         let trial = self.restores % SHARE;
         self.restores += 1;
-        let ranges = |blocks: &BTreeMap<u64, u8>| {
+        let ranges = |pages: &BTreeMap<u64, u8>| {
             let mut ranges: Vec<Range<u64>> = Vec::new();
-            for block in blocks.keys().filter(|block| share(**block) != trial) {
+            for page in pages.keys().filter(|page| share(**page) != trial) {
                 match ranges.last_mut() {
-                    Some(last) if last.end == *block => last.end += BLOCK,
-                    _ => ranges.push(*block..block + BLOCK),
+                    Some(last) if last.end == *page => last.end += PAGE,
+                    _ => ranges.push(*page..page + PAGE),
                 }
             }
             ranges
@@ -62,18 +67,18 @@ impl WorkingSet {
             self.processes.resize_with(process + 1, BTreeMap::new);
         }
         for address in addresses {
-            self.processes[process].insert(address & !(BLOCK - 1), 0);
+            self.processes[process].insert(address & !(PAGE - 1), 0);
         }
     }
 
-    /// The first request after the restore is over: blocks that were left out and not touched have
+    /// The first request after the restore is over: pages that were left out and not touched have
     /// failed a trial. `touched` says which were.
     pub fn conclude(&mut self, prefetch: &Prefetch, touched: &[Vec<u64>]) {
-        for (process, blocks) in self.processes.iter_mut().enumerate() {
+        for (process, pages) in self.processes.iter_mut().enumerate() {
             let of_process = touched.get(process).map_or(&[][..], Vec::as_slice);
-            let seen = |block: &u64| of_process.iter().any(|a| a & !(BLOCK - 1) == *block);
-            blocks.retain(|block, failed| {
-                if share(*block) == prefetch.trial && !seen(block) {
+            let of_process: HashSet<u64> = of_process.iter().map(|a| a & !(PAGE - 1)).collect();
+            pages.retain(|page, failed| {
+                if share(*page) == prefetch.trial && !of_process.contains(page) {
                     *failed += 1;
                 }
                 *failed < TRIALS
@@ -84,14 +89,14 @@ impl WorkingSet {
     /// How many pages the set has at most.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.processes.iter().map(|blocks| blocks.len() as u64 * NEIGHBOURS).sum()
+        self.processes.iter().map(|pages| pages.len() as u64).sum()
     }
 }
 
-/// Which trial a block is left out in. Spread by multiplication, so that a stretch of addresses
+/// Which trial a page is left out in. Spread by multiplication, so that a stretch of addresses
 /// is not left out at once.
-fn share(block: u64) -> u64 {
-    (block / BLOCK).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SHARE.trailing_zeros())
+fn share(page: u64) -> u64 {
+    (page / PAGE).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SHARE.trailing_zeros())
 }
 
 #[cfg(test)]
@@ -110,28 +115,28 @@ mod tests {
     #[test]
     fn it_learns_and_follows_change() {
         let mut set = WorkingSet::default();
-        let first: Vec<u64> = (0..1000).map(|n| 0x10_0000 + n * BLOCK).collect();
+        let first: Vec<u64> = (0..1000).map(|n| 0x10_0000 + n * PAGE).collect();
         assert_eq!(restore(&mut set, &first), 1000);
         for _ in 0..200 {
             // Only those on trial are waited for.
-            assert!(restore(&mut set, &first) < 80);
+            assert!(restore(&mut set, &first) < 60);
         }
-        assert_eq!(set.pages(), 1000 * NEIGHBOURS);
-        let second: Vec<u64> = (500..1500).map(|n| 0x10_0000 + n * BLOCK).collect();
+        assert_eq!(set.pages(), 1000);
+        let second: Vec<u64> = (500..1500).map(|n| 0x10_0000 + n * PAGE).collect();
         for _ in 0..(2 * SHARE + 1) {
             restore(&mut set, &second);
         }
-        assert_eq!(set.pages(), 1000 * NEIGHBOURS, "what is no longer touched is forgotten");
+        assert_eq!(set.pages(), 1000, "what is no longer touched is forgotten");
     }
 
     #[test]
-    fn neighbouring_blocks_are_one_range() {
+    fn neighbouring_pages_are_one_range() {
         let mut set = WorkingSet::default();
         let addresses: Vec<u64> = (0..64).map(|n| 0x40_0000 + n * PAGE_SIZE as u64).collect();
         set.touched(1, &addresses);
         let ranges = set.prefetch().ranges;
         assert!(ranges[0].is_empty());
         let covered: u64 = ranges[1].iter().map(|r| r.end - r.start).sum();
-        assert!(covered >= 12 * BLOCK && ranges[1].len() <= 5, "{ranges:x?}");
+        assert!(covered >= 60 * PAGE && ranges[1].len() <= 5, "{ranges:x?}");
     }
 }

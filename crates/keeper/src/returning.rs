@@ -17,6 +17,10 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 /// Threads that answer faults.
 const SERVERS: usize = 2;
 
+/// Pages put back with one that a thread waits for, once the working set is known: what is missing
+/// from it then is something new, and new things come in company.
+const NEIGHBOURS: u64 = 8;
+
 /// Pages filled in at a time, after which a fault gets its turn.
 const FILL_PAGES: u64 = 64;
 
@@ -29,6 +33,8 @@ pub(crate) struct Returning {
     spaces: Mutex<Vec<Watch>>,
     touched: Mutex<Vec<Vec<u64>>>,
     prefetch: Prefetch,
+    /// Pages put back with each one that a thread waits for.
+    neighbours: u64,
     concluded: AtomicBool,
     /// No more filling: the sandbox is gone.
     stopped: AtomicBool,
@@ -50,9 +56,12 @@ pub(crate) struct Service {
 
 struct Shared {
     epoll: Epoll,
-    watched: Mutex<HashMap<u64, (Arc<AddressSpace>, Arc<Returning>)>>,
+    watched: Mutex<HashMap<u64, Watched>>,
     next: AtomicU64,
 }
+
+/// An address space, and the sandbox's memory that it is part of.
+type Watched = (Arc<AddressSpace>, Arc<Returning>);
 
 struct FillJob {
     memory: Arc<Returning>,
@@ -96,6 +105,8 @@ impl Service {
             fill: fill.into(),
             spaces: Mutex::default(),
             touched: Mutex::default(),
+            // Alone as long as it is being learned which pages are needed.
+            neighbours: if prefetch.is_empty() { 1 } else { NEIGHBOURS },
             prefetch,
             concluded: false.into(),
             stopped: false.into(),
@@ -217,7 +228,7 @@ impl Shared {
                 let found = lock(&self.watched).get(&key).cloned();
                 let Some((space, memory)) = found else { continue };
                 let mut served = Served::default();
-                let result = space.serve(&mut buffers, &mut served);
+                let result = space.serve(memory.neighbours, &mut buffers, &mut served);
                 self.settle(&memory, &space, served, result, key);
             }
         }

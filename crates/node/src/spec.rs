@@ -32,11 +32,14 @@ pub(crate) fn sandbox_spec(
         read_only: true,
     });
     let hostname = function.name.as_str();
+    let mut files = SmallFile::system(hostname);
+    let more = process.files.into_iter();
+    files.extend(more.map(|(path, contents)| SmallFile { path: path.into(), contents }));
     SandboxSpec {
         id: sandbox.to_string(),
         hostname: hostname.to_owned(),
         mounts,
-        files: SmallFile::system(hostname),
+        files,
         code: Some(function.code.clone()),
         layers: function.layers.clone(),
         tmp_size_bytes: config.scratch_bytes,

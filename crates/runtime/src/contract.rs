@@ -22,7 +22,15 @@ pub struct LambdaProcess {
     pub env: Vec<(String, String)>,
     /// The working directory.
     pub cwd: String,
+    /// Small files that the process needs besides the runtime: path inside the sandbox, contents.
+    pub files: Vec<(String, String)>,
 }
+
+/// Starts the runtime interface client and tidies the heap while the function is idle.
+const BOOTSTRAP: &str = include_str!("bootstrap.py");
+
+/// Where [`BOOTSTRAP`] is in a sandbox.
+const BOOTSTRAP_PATH: &str = "/var/medes/bootstrap.py";
 
 /// The ARN under which a function is known to Lambda's clients.
 #[must_use]
@@ -83,12 +91,12 @@ pub fn lambda_process(function: &FunctionSpec, interpreter: &Path, version: &str
     LambdaProcess {
         args: vec![
             interpreter.to_string_lossy().into_owned(),
-            "-m".to_owned(),
-            "awslambdaric".to_owned(),
+            BOOTSTRAP_PATH.to_owned(),
             function.handler.clone(),
         ],
         env: env.into_iter().collect(),
         cwd: TASK_DIR.to_owned(),
+        files: vec![(BOOTSTRAP_PATH.to_owned(), BOOTSTRAP.to_owned())],
     }
 }
 
