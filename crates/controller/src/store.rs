@@ -1,0 +1,213 @@
+//! What survives a restart: functions, seeds and the number of the next version.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use medes_core::{DomainId, FunctionId, FunctionSpec};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+
+use crate::error::StoreError;
+
+/// Records by function name: one version byte, then JSON.
+const FUNCTIONS: TableDefinition<&str, &[u8]> = TableDefinition::new("functions");
+/// Layout seeds shared in a domain, by the domain's number.
+const SEEDS: TableDefinition<u32, u64> = TableDefinition::new("domain_seeds");
+/// Counters by name.
+const COUNTERS: TableDefinition<&str, u64> = TableDefinition::new("counters");
+
+const NEXT_FUNCTION: &str = "next_function";
+const RECORD_VERSION: u8 = 1;
+
+/// A function as it is deployed.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Deployed {
+    /// What a node needs to know of it.
+    pub spec: FunctionSpec,
+    /// What a client's dialect wants to find again, such as the role that it named. The platform
+    /// itself makes nothing of it.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// The embedded database in the data directory. It holds secrets (layout seeds, environment
+/// variables), so only its owner may read it.
+pub(crate) struct Store {
+    database: Database,
+    path: PathBuf,
+}
+
+impl Store {
+    pub(crate) fn open(path: &Path) -> Result<Self, StoreError> {
+        let failed = |source: redb::Error| StoreError::Database {
+            path: path.display().to_string(),
+            source: Box::new(source),
+        };
+        let database = Database::create(path).map_err(|e| failed(e.into()))?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
+            .map_err(|source| StoreError::Io { path: path.display().to_string(), source })?;
+        let store = Self { database, path: path.to_owned() };
+        store.write(|t| {
+            t.open_table(FUNCTIONS)?;
+            t.open_table(SEEDS)?;
+            t.open_table(COUNTERS)?;
+            Ok(())
+        })?;
+        Ok(store)
+    }
+
+    /// All functions, by name.
+    pub(crate) fn functions(&self) -> Result<Vec<Deployed>, StoreError> {
+        let mut found = Vec::new();
+        self.read(|t| {
+            for row in t.open_table(FUNCTIONS)?.iter()? {
+                let (key, value) = row?;
+                found.push((key.value().to_owned(), value.value().to_vec()));
+            }
+            Ok(())
+        })?;
+        found
+            .into_iter()
+            .map(|(key, bytes)| {
+                decode(&bytes).map_err(|message| StoreError::Record {
+                    path: self.path.display().to_string(),
+                    key,
+                    message,
+                })
+            })
+            .collect()
+    }
+
+    /// Writes one function; returns once it is on disk.
+    pub(crate) fn put(&self, function: &Deployed) -> Result<(), StoreError> {
+        let record = encode(function);
+        self.write(|t| {
+            t.open_table(FUNCTIONS)?
+                .insert(function.spec.name.as_str(), record.as_slice())
+                .map(|_| ())
+                .map_err(Into::into)
+        })
+    }
+
+    /// Removes one function; returns once that is on disk.
+    pub(crate) fn remove(&self, name: &str) -> Result<(), StoreError> {
+        self.write(|t| t.open_table(FUNCTIONS)?.remove(name).map(|_| ()).map_err(Into::into))
+    }
+
+    /// A number that no version of any function had before.
+    pub(crate) fn next_function(&self) -> Result<FunctionId, StoreError> {
+        let mut next = 1;
+        self.write(|t| {
+            let mut table = t.open_table(COUNTERS)?;
+            next = table.get(NEXT_FUNCTION)?.map_or(1, |v| v.value());
+            table.insert(NEXT_FUNCTION, next + 1)?;
+            Ok(())
+        })?;
+        Ok(FunctionId(next))
+    }
+
+    /// The layout seed that all functions of a domain share; `draw` makes one if there is none.
+    pub(crate) fn domain_seed(
+        &self,
+        domain: DomainId,
+        draw: impl Fn() -> u64,
+    ) -> Result<u64, StoreError> {
+        let mut seed = 0;
+        self.write(|t| {
+            let mut table = t.open_table(SEEDS)?;
+            let known = table.get(domain.0)?.map(|v| v.value());
+            seed = known.unwrap_or_else(&draw);
+            if known.is_none() {
+                table.insert(domain.0, seed)?;
+            }
+            Ok(())
+        })?;
+        Ok(seed)
+    }
+
+    fn read(
+        &self,
+        f: impl FnOnce(&redb::ReadTransaction) -> Result<(), redb::Error>,
+    ) -> Result<(), StoreError> {
+        let run = || {
+            let transaction = self.database.begin_read()?;
+            f(&transaction)
+        };
+        run().map_err(|e| self.failed(e))
+    }
+
+    fn write(
+        &self,
+        f: impl FnOnce(&redb::WriteTransaction) -> Result<(), redb::Error>,
+    ) -> Result<(), StoreError> {
+        let run = || {
+            let transaction = self.database.begin_write()?;
+            f(&transaction)?;
+            transaction.commit()?;
+            Ok(())
+        };
+        run().map_err(|e| self.failed(e))
+    }
+
+    fn failed(&self, source: redb::Error) -> StoreError {
+        StoreError::Database { path: self.path.display().to_string(), source: Box::new(source) }
+    }
+}
+
+fn encode(function: &Deployed) -> Vec<u8> {
+    let mut bytes = vec![RECORD_VERSION];
+    serde_json::to_writer(&mut bytes, function).expect("a record has a JSON form");
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Result<Deployed, String> {
+    match bytes.split_first() {
+        Some((&RECORD_VERSION, json)) => serde_json::from_slice(json).map_err(|e| e.to_string()),
+        Some((other, _)) => Err(format!(
+            "it was written by a newer medes (record version {other}, this one knows \
+             {RECORD_VERSION})"
+        )),
+        None => Err("it is empty".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::deployed;
+
+    #[test]
+    fn functions_and_seeds_survive_a_reopen() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.redb");
+        let f = deployed("a", 1);
+        let seed = {
+            let store = Store::open(&path).unwrap();
+            store.put(&f).unwrap();
+            store.put(&deployed("b", 2)).unwrap();
+            store.remove("b").unwrap();
+            assert_eq!(store.next_function().unwrap(), FunctionId(1));
+            store.domain_seed(DomainId(0), || 42).unwrap()
+        };
+        let store = Store::open(&path).unwrap();
+        assert_eq!(store.functions().unwrap(), [f]);
+        assert_eq!(store.next_function().unwrap(), FunctionId(2));
+        assert_eq!(store.domain_seed(DomainId(0), || 43).unwrap(), seed);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_record_of_another_version_is_refused_with_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("s")).unwrap();
+        store
+            .write(|t| {
+                t.open_table(FUNCTIONS)?.insert("odd", [9u8, b'{'].as_slice())?;
+                Ok(())
+            })
+            .unwrap();
+        let text = store.functions().unwrap_err().to_string();
+        assert!(text.contains("odd") && text.contains("newer"), "{text}");
+    }
+}

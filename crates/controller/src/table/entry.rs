@@ -1,0 +1,139 @@
+//! One sandbox in the table.
+
+use medes_core::{FunctionId, SandboxId, SandboxState};
+use medes_policy::{Dedupable, IdleSandbox};
+
+/// What a sandbox is doing. Those that are being started have no entry yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Phase {
+    /// Serves a request.
+    Running,
+    /// Idle, all memory present.
+    Warm,
+    /// A dedup operation is under way.
+    Deduping,
+    /// Idle, deduplicated.
+    Dedup,
+    /// A restore is under way.
+    Restoring,
+    /// Being ended; nobody may use it.
+    Leaving,
+}
+
+/// Why a sandbox is not deduplicated.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct StaysWarm {
+    pub(crate) reason: String,
+    /// False if another try may go better.
+    pub(crate) lasting: bool,
+    pub(crate) retry_at_ms: u64,
+}
+
+/// One sandbox. Moments are milliseconds on the controller's clock, sizes bytes.
+#[derive(Clone, Debug)]
+pub(crate) struct Entry {
+    pub(crate) id: SandboxId,
+    pub(crate) function: FunctionId,
+    pub(crate) phase: Phase,
+    /// Deduping: a waiting request asked for the sandbox.
+    pub(crate) claimed: bool,
+    /// Restoring: a request has it, as against an operator.
+    pub(crate) for_request: bool,
+    /// It may not go back to the pool.
+    pub(crate) doomed: bool,
+    pub(crate) created_ms: u64,
+    /// When it entered its phase.
+    pub(crate) since_ms: u64,
+    /// Deduping: when it had become warm.
+    pub(crate) warm_since_ms: u64,
+    pub(crate) last_used_ms: u64,
+    /// When the policy is to be asked about it.
+    pub(crate) ask_at_ms: u64,
+    pub(crate) requests: u64,
+    pub(crate) dedups: u64,
+    pub(crate) restores: u64,
+    /// The last known total.
+    pub(crate) memory: u64,
+    /// The last total while it was warm.
+    pub(crate) warm_bytes: u64,
+    pub(crate) stays_warm: Option<StaysWarm>,
+}
+
+impl Entry {
+    /// A sandbox that was just started, about to run.
+    pub(crate) fn new(id: SandboxId, function: FunctionId, now_ms: u64) -> Self {
+        Self {
+            id,
+            function,
+            phase: Phase::Running,
+            claimed: false,
+            for_request: false,
+            doomed: false,
+            created_ms: now_ms,
+            since_ms: now_ms,
+            warm_since_ms: now_ms,
+            last_used_ms: now_ms,
+            ask_at_ms: u64::MAX,
+            requests: 0,
+            dedups: 0,
+            restores: 0,
+            memory: 0,
+            warm_bytes: 0,
+            stays_warm: None,
+        }
+    }
+
+    pub(crate) fn enter(&mut self, phase: Phase, now_ms: u64) {
+        self.phase = phase;
+        self.since_ms = now_ms;
+        self.claimed = false;
+        self.for_request = false;
+        self.ask_at_ms = u64::MAX;
+    }
+
+    /// Whether it will be at the disposal of waiting requests soon.
+    pub(crate) fn on_its_way(&self) -> bool {
+        !self.doomed
+            && match self.phase {
+                Phase::Deduping => self.claimed,
+                Phase::Restoring => !self.for_request,
+                _ => false,
+            }
+    }
+
+    /// As the policy sees it; `None` if it is not idle.
+    pub(crate) fn idle(&self) -> Option<IdleSandbox> {
+        let state = match self.phase {
+            Phase::Warm => SandboxState::Warm,
+            Phase::Deduping => SandboxState::Deduping,
+            Phase::Dedup => SandboxState::Dedup,
+            Phase::Running | Phase::Restoring | Phase::Leaving => return None,
+        };
+        let dedupable = match &self.stays_warm {
+            None => Dedupable::Now,
+            Some(s) if s.lasting => Dedupable::Never,
+            Some(s) => Dedupable::From(s.retry_at_ms),
+        };
+        Some(IdleSandbox {
+            id: self.id,
+            function: self.function,
+            state,
+            since_ms: self.since_ms,
+            last_used_ms: self.last_used_ms,
+            dedupable,
+            memory: self.memory,
+        })
+    }
+
+    /// Its state as users know it; `None` while it is being ended.
+    pub(crate) fn state(&self) -> Option<SandboxState> {
+        Some(match self.phase {
+            Phase::Running => SandboxState::Running,
+            Phase::Warm => SandboxState::Warm,
+            Phase::Deduping => SandboxState::Deduping,
+            Phase::Dedup => SandboxState::Dedup,
+            Phase::Restoring => SandboxState::Restoring,
+            Phase::Leaving => return None,
+        })
+    }
+}

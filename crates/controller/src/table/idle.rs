@@ -1,0 +1,170 @@
+//! Idle sandboxes: what the policy decides over them, and what an operator does with them.
+
+use medes_core::{FunctionId, SandboxId, SandboxState};
+use medes_policy::{Action, Decision, FunctionStats, Need, base_due};
+
+use super::{DedupReply, Effect, Entry, Phase, Table};
+use crate::error::HandError;
+
+/// A dedup operation can't begin.
+#[derive(Debug)]
+pub(crate) enum DedupRefused {
+    /// As many as allowed are under way.
+    Busy,
+    /// It makes no sense.
+    Hand(HandError),
+}
+
+/// How often memory is looked at while there are sandboxes and a budget, milliseconds.
+const PRESSURE_PERIOD_MS: u64 = 1_000;
+/// What the policy decides over a sandbox in the very moment it becomes idle waits this long,
+/// milliseconds, so that a dedup that was given up is not begun again at once.
+const PAUSE_MS: u64 = 100;
+
+impl Table {
+    fn decide(&self, now_ms: u64, sandbox: SandboxId) -> Option<Decision> {
+        let entry = self.sandboxes.get(&sandbox)?;
+        let idle = entry.idle()?;
+        let unknown = FunctionStats::default();
+        let stats = self
+            .versions
+            .get(&entry.function)
+            .and_then(|v| self.stats.get(&v.deployed.spec.name))
+            .unwrap_or(&unknown);
+        Some(self.policy.decide(now_ms, &idle, stats, self.pressure()))
+    }
+
+    /// Notes when the policy has to be asked about a sandbox that has just become idle.
+    pub(super) fn ask_policy(&mut self, now_ms: u64, sandbox: SandboxId) {
+        let Some(decision) = self.decide(now_ms, sandbox) else { return };
+        let at = match decision.action {
+            Action::Keep => decision.ask_again_ms,
+            Action::Dedup | Action::Purge => now_ms + PAUSE_MS,
+        };
+        if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
+            entry.ask_at_ms = at;
+        }
+        if at < self.next_tick_ms {
+            self.next_tick_ms = at;
+            self.effects.push(Effect::Wake);
+        }
+    }
+
+    /// Carries out what is due, and says when to come again.
+    pub(crate) fn tick(&mut self, now_ms: u64) -> u64 {
+        let mut due: Vec<(u64, SandboxId)> = self
+            .sandboxes
+            .values()
+            .filter(|e| matches!(e.phase, Phase::Warm | Phase::Dedup) && e.ask_at_ms <= now_ms)
+            .map(|e| (e.since_ms, e.id))
+            .collect();
+        due.sort();
+        for (_, sandbox) in due {
+            let Some(decision) = self.decide(now_ms, sandbox) else { continue };
+            match decision.action {
+                Action::Keep => {
+                    if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
+                        entry.ask_at_ms = decision.ask_again_ms.max(now_ms + 1);
+                    }
+                }
+                Action::Purge => self.purge(sandbox),
+                // If too many are under way it stays due: the end of one of them comes back here.
+                Action::Dedup => {
+                    let _ = self.begin_dedup(now_ms, sandbox, false, None);
+                }
+            }
+        }
+        self.relieve(now_ms, 0);
+        self.pump(now_ms);
+        let next = self
+            .sandboxes
+            .values()
+            .filter(|e| matches!(e.phase, Phase::Warm | Phase::Dedup) && e.ask_at_ms > now_ms)
+            .map(|e| e.ask_at_ms)
+            .min()
+            .unwrap_or(u64::MAX);
+        let watched = self.pressure().budget > 0 && !self.is_empty();
+        self.next_tick_ms = if watched { next.min(now_ms + PRESSURE_PERIOD_MS) } else { next };
+        self.next_tick_ms
+    }
+
+    /// Makes room.
+    pub(super) fn evict(&mut self, now_ms: u64, need: Need) {
+        let idle: Vec<_> = self
+            .sandboxes
+            .values()
+            .filter(|e| matches!(e.phase, Phase::Warm | Phase::Dedup))
+            .filter_map(Entry::idle)
+            .collect();
+        for eviction in self.policy.evict(&idle, need) {
+            match eviction.action {
+                Action::Keep => {}
+                Action::Dedup => {
+                    let _ = self.begin_dedup(now_ms, eviction.sandbox, false, None);
+                }
+                Action::Purge => self.purge(eviction.sandbox),
+            }
+        }
+    }
+
+    /// Begins to deduplicate a warm sandbox. A new base snapshot is made if `force_base` or if one
+    /// is due.
+    pub(crate) fn begin_dedup(
+        &mut self,
+        now_ms: u64,
+        sandbox: SandboxId,
+        force_base: bool,
+        reply: Option<DedupReply>,
+    ) -> Result<(), DedupRefused> {
+        let function = self.expect(sandbox, SandboxState::Warm).map_err(DedupRefused::Hand)?;
+        if self.dedups >= self.config.max_dedups.max(1) {
+            return Err(DedupRefused::Busy);
+        }
+        self.dedups += 1;
+        if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
+            entry.warm_since_ms = entry.since_ms;
+            entry.enter(Phase::Deduping, now_ms);
+        }
+        let new_base = force_base
+            || self.versions.get(&function).is_some_and(|v| {
+                let dedup = v
+                    .sandboxes
+                    .iter()
+                    .filter_map(|id| self.sandboxes.get(id))
+                    .filter(|e| matches!(e.phase, Phase::Dedup | Phase::Deduping))
+                    .count() as u64;
+                base_due(dedup, v.bases, self.config.base_threshold)
+            });
+        self.effects.push(Effect::Dedup { sandbox, new_base, reply });
+        Ok(())
+    }
+
+    /// Begins a restore that an operator asked for.
+    pub(crate) fn begin_restore(
+        &mut self,
+        now_ms: u64,
+        sandbox: SandboxId,
+    ) -> Result<(), HandError> {
+        self.expect(sandbox, SandboxState::Dedup)?;
+        if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
+            entry.enter(Phase::Restoring, now_ms);
+        }
+        self.relieve(now_ms, 0);
+        Ok(())
+    }
+
+    /// Whether a request, or the end, wants a sandbox whose dedup has not begun in earnest.
+    pub(crate) fn dedup_is_unwanted(&self, sandbox: SandboxId) -> bool {
+        self.sandboxes.get(&sandbox).is_none_or(|e| e.claimed || e.doomed)
+    }
+
+    fn expect(&self, sandbox: SandboxId, wanted: SandboxState) -> Result<FunctionId, HandError> {
+        let gone = HandError::NoSuchSandbox(sandbox);
+        let entry = self.sandboxes.get(&sandbox).ok_or_else(|| gone.clone())?;
+        match entry.state() {
+            Some(state) if state == wanted => Ok(entry.function),
+            Some(state) => Err(HandError::WrongState { sandbox, state, wanted }),
+            None => Err(gone),
+        }
+    }
+}

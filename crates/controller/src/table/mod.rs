@@ -1,0 +1,607 @@
+//! The table: every function version, every sandbox, every waiting request, in one place.
+//!
+//! The table is plain data behind one mutex. Its methods change it and note what has to be done
+//! about it as [`Effect`]s, which the caller carries out after it has let go of the lock; nothing
+//! here waits. Requests never look for a sandbox themselves: each becomes a waiter, and whatever
+//! happens (a sandbox is free, a start has ended, memory is back) calls [`Table::pump`], which
+//! matches waiters with sandboxes, oldest first, and makes more of them if it may. So a request
+//! takes whichever comes first: the sandbox that is started for it, or one that becomes free.
+
+mod entry;
+mod idle;
+mod pump;
+mod view;
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use medes_core::{FunctionId, FunctionName, SandboxId, StartKind};
+use medes_node::{DedupFailure, DedupReport, NodeMemory, StartFailure};
+use medes_policy::{FunctionStats, Policy, Pressure};
+use tokio::sync::oneshot;
+
+use crate::config::ControllerConfig;
+use crate::error::InvokeError;
+use crate::store::Deployed;
+
+pub(crate) use entry::{Entry, Phase, StaysWarm};
+pub(crate) use idle::DedupRefused;
+
+/// What a start is expected to need before a function's first sandbox was measured, bytes.
+const UNKNOWN_WARM_BYTES: u64 = 64 << 20;
+
+/// Who wants to know how a dedup operation ended.
+pub(crate) type DedupReply = oneshot::Sender<Result<DedupReport, DedupFailure>>;
+
+/// Something to be done once the lock is released.
+#[derive(Debug)]
+pub(crate) enum Effect {
+    /// Start a sandbox; then [`Table::started`] or [`Table::start_failed`].
+    Start { deployed: Arc<Deployed>, ticket: u64 },
+    /// Deduplicate a sandbox; then [`Table::dedup_ended`].
+    Dedup { sandbox: SandboxId, new_base: bool, reply: Option<DedupReply> },
+    /// Ask a dedup operation to give up.
+    CancelDedup(SandboxId),
+    /// End a sandbox; then [`Table::gone`].
+    Purge(SandboxId),
+    /// A version that was replaced or removed has no sandbox and no request any more.
+    Retired(Arc<Deployed>),
+    /// Call [`Table::tick`] earlier than planned.
+    Wake,
+}
+
+/// What a waiting request gets.
+#[derive(Debug)]
+pub(crate) enum Grant {
+    /// A sandbox, warm and running for this request.
+    Ready { sandbox: SandboxId, deployed: Arc<Deployed>, start: StartKind, startup_us: u64 },
+    /// A dedup sandbox that the request has to restore.
+    Restore { sandbox: SandboxId, deployed: Arc<Deployed> },
+    /// The sandbox that was to be started for it could not be.
+    StartFailed { failure: StartFailure, deployed: Arc<Deployed>, startup_us: u64 },
+    /// Nothing, and nothing will come.
+    Refused(InvokeError),
+}
+
+/// Where a waiting request stands.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    pub(crate) function: FunctionId,
+    pub(crate) waiter: u64,
+    pub(crate) granted: oneshot::Receiver<Grant>,
+}
+
+struct Waiter {
+    id: u64,
+    since_ms: u64,
+    /// False for a request whose restore failed once: it does not try its luck with another.
+    restore_allowed: bool,
+    grant: oneshot::Sender<Grant>,
+}
+
+struct Starting {
+    ticket: u64,
+    since_ms: u64,
+    expected_bytes: u64,
+}
+
+/// One deployed version of a function.
+struct Version {
+    deployed: Arc<Deployed>,
+    /// False once it was replaced or removed: it serves what waits, then it goes.
+    current: bool,
+    sandboxes: HashSet<SandboxId>,
+    starting: Vec<Starting>,
+    waiting: VecDeque<Waiter>,
+    /// Base snapshots made so far.
+    bases: u64,
+}
+
+/// See the module.
+pub(crate) struct Table {
+    config: Arc<ControllerConfig>,
+    policy: Box<dyn Policy>,
+    versions: HashMap<FunctionId, Version>,
+    current: BTreeMap<FunctionName, FunctionId>,
+    stats: HashMap<FunctionName, FunctionStats>,
+    sandboxes: HashMap<SandboxId, Entry>,
+    /// The node's last reading.
+    memory: NodeMemory,
+    /// Dedup operations under way.
+    dedups: u32,
+    /// When [`Table::tick`] is going to be called.
+    next_tick_ms: u64,
+    next_number: u64,
+    closing: bool,
+    effects: Vec<Effect>,
+}
+
+impl Table {
+    pub(crate) fn new(config: Arc<ControllerConfig>, memory: NodeMemory) -> Self {
+        Self {
+            policy: config.policy.build(),
+            config,
+            versions: HashMap::new(),
+            current: BTreeMap::new(),
+            stats: HashMap::new(),
+            sandboxes: HashMap::new(),
+            memory,
+            dedups: 0,
+            next_tick_ms: u64::MAX,
+            next_number: 0,
+            closing: false,
+            effects: Vec::new(),
+        }
+    }
+
+    /// What is to be done, in this order.
+    pub(crate) fn take_effects(&mut self) -> Vec<Effect> {
+        std::mem::take(&mut self.effects)
+    }
+
+    /// Takes in a new reading of the node's memory.
+    pub(crate) fn set_memory(&mut self, memory: NodeMemory) {
+        self.memory = memory;
+    }
+
+    // ---- functions ----
+
+    /// Makes `deployed` the version that new requests of its name go to.
+    pub(crate) fn install(&mut self, now_ms: u64, deployed: Arc<Deployed>) {
+        let id = deployed.spec.id;
+        let name = deployed.spec.name.clone();
+        self.versions.insert(
+            id,
+            Version {
+                deployed,
+                current: true,
+                sandboxes: HashSet::new(),
+                starting: Vec::new(),
+                waiting: VecDeque::new(),
+                bases: 0,
+            },
+        );
+        self.stats.entry(name.clone()).or_default();
+        if let Some(old) = self.current.insert(name, id) {
+            self.drain(now_ms, old);
+        }
+    }
+
+    /// Removes a function: requests that wait are refused, those that run may end.
+    pub(crate) fn uninstall(&mut self, now_ms: u64, name: &FunctionName) -> bool {
+        let Some(id) = self.current.remove(name) else { return false };
+        self.stats.remove(name);
+        if let Some(version) = self.versions.get_mut(&id) {
+            for waiter in version.waiting.drain(..) {
+                let refusal = InvokeError::NoSuchFunction(name.clone());
+                let _ = waiter.grant.send(Grant::Refused(refusal));
+            }
+        }
+        self.drain(now_ms, id);
+        true
+    }
+
+    fn drain(&mut self, now_ms: u64, id: FunctionId) {
+        if let Some(version) = self.versions.get_mut(&id) {
+            version.current = false;
+        }
+        self.retire(id);
+        self.pump(now_ms);
+    }
+
+    /// Ends what an outdated version does not need any more, and the version itself once nothing
+    /// is left of it.
+    fn retire(&mut self, id: FunctionId) {
+        let Some(version) = self.versions.get(&id) else { return };
+        if version.current || !version.waiting.is_empty() {
+            return;
+        }
+        for sandbox in version.sandboxes.iter().copied().collect::<Vec<_>>() {
+            let unused = self.sandboxes.get(&sandbox).is_some_and(|e| match e.phase {
+                Phase::Warm | Phase::Dedup | Phase::Deduping => true,
+                Phase::Restoring => !e.for_request,
+                Phase::Running | Phase::Leaving => false,
+            });
+            if unused {
+                self.purge(sandbox);
+            }
+        }
+        let done =
+            self.versions.get(&id).is_some_and(|v| v.sandboxes.is_empty() && v.starting.is_empty());
+        if done && let Some(version) = self.versions.remove(&id) {
+            self.effects.push(Effect::Retired(version.deployed));
+        }
+    }
+
+    pub(crate) fn function(&self, name: &FunctionName) -> Option<Arc<Deployed>> {
+        let id = self.current.get(name)?;
+        Some(self.versions[id].deployed.clone())
+    }
+
+    pub(crate) fn functions(&self) -> Vec<Arc<Deployed>> {
+        self.current.values().map(|id| self.versions[id].deployed.clone()).collect()
+    }
+
+    /// Every version that still has something to do, replaced ones included.
+    pub(crate) fn all_versions(&self) -> Vec<Arc<Deployed>> {
+        self.versions.values().map(|v| v.deployed.clone()).collect()
+    }
+
+    pub(crate) fn stats_mut(&mut self, name: &FunctionName) -> Option<&mut FunctionStats> {
+        self.stats.get_mut(name)
+    }
+
+    pub(crate) fn stats(&self, name: &FunctionName) -> Option<&FunctionStats> {
+        self.stats.get(name)
+    }
+
+    // ---- requests ----
+
+    /// Adds a request. It may have been granted a sandbox when this returns. `again` is for one
+    /// whose restore failed: it goes to the front and is not restored again.
+    pub(crate) fn enqueue(
+        &mut self,
+        now_ms: u64,
+        name: &FunctionName,
+        again: bool,
+    ) -> Result<Ticket, InvokeError> {
+        let refused = || InvokeError::NoSuchFunction(name.clone());
+        if self.closing && !again {
+            return Err(InvokeError::ShuttingDown);
+        }
+        let function = *self.current.get(name).ok_or_else(refused)?;
+        let number = self.number();
+        let (grant, granted) = oneshot::channel();
+        let waiter = Waiter { id: number, since_ms: now_ms, restore_allowed: !again, grant };
+        let version = self.versions.get_mut(&function).ok_or_else(refused)?;
+        if again {
+            version.waiting.push_front(waiter);
+        } else {
+            version.waiting.push_back(waiter);
+            self.stats.entry(name.clone()).or_default().arrived(now_ms);
+        }
+        self.pump(now_ms);
+        let uncovered = self.uncovered(function);
+        if uncovered > self.config.queue_limit && !again && self.leave_queue(function, number) {
+            return Err(InvokeError::QueueFull {
+                function: name.clone(),
+                limit: self.config.queue_limit,
+            });
+        }
+        Ok(Ticket { function, waiter: number, granted })
+    }
+
+    /// Takes a request out of the queue; false if it has been granted something already.
+    pub(crate) fn leave_queue(&mut self, function: FunctionId, waiter: u64) -> bool {
+        let Some(version) = self.versions.get_mut(&function) else { return false };
+        let Some(at) = version.waiting.iter().position(|w| w.id == waiter) else { return false };
+        version.waiting.remove(at);
+        self.retire(function);
+        true
+    }
+
+    /// Whether a sandbox is being made ready for this request.
+    pub(crate) fn is_covered(&self, function: FunctionId, waiter: u64) -> bool {
+        let Some(version) = self.versions.get(&function) else { return false };
+        let at = version.waiting.iter().position(|w| w.id == waiter);
+        at.is_some_and(|at| at < self.supply(version))
+    }
+
+    /// How many waiting requests no sandbox is being made ready for.
+    fn uncovered(&self, function: FunctionId) -> usize {
+        self.versions.get(&function).map_or(0, |v| v.waiting.len().saturating_sub(self.supply(v)))
+    }
+
+    /// How many sandboxes of a version are on their way to its waiting requests.
+    fn supply(&self, version: &Version) -> usize {
+        version.starting.len()
+            + version
+                .sandboxes
+                .iter()
+                .filter(|id| self.sandboxes.get(id).is_some_and(Entry::on_its_way))
+                .count()
+    }
+
+    // ---- what became of a start ----
+
+    /// A sandbox was started; `memory` is what it uses, bytes.
+    pub(crate) fn started(
+        &mut self,
+        now_ms: u64,
+        function: FunctionId,
+        ticket: u64,
+        sandbox: SandboxId,
+        startup_us: u64,
+        memory: u64,
+    ) {
+        let mut entry = Entry::new(sandbox, function, now_ms);
+        entry.memory = memory;
+        entry.warm_bytes = memory;
+        self.sandboxes.insert(sandbox, entry);
+        let Some(version) = self.versions.get_mut(&function) else {
+            self.purge(sandbox);
+            return;
+        };
+        version.starting.retain(|s| s.ticket != ticket);
+        version.sandboxes.insert(sandbox);
+        while let Some(waiter) = version.waiting.pop_front() {
+            let grant = Grant::Ready {
+                sandbox,
+                deployed: version.deployed.clone(),
+                start: StartKind::Cold,
+                startup_us,
+            };
+            if waiter.grant.send(grant).is_ok() {
+                self.pump(now_ms);
+                return;
+            }
+        }
+        self.free(now_ms, sandbox);
+    }
+
+    /// A sandbox could not be started: the request that has waited longest is told so.
+    pub(crate) fn start_failed(
+        &mut self,
+        now_ms: u64,
+        function: FunctionId,
+        ticket: u64,
+        startup_us: u64,
+        failure: &StartFailure,
+    ) {
+        let Some(version) = self.versions.get_mut(&function) else { return };
+        version.starting.retain(|s| s.ticket != ticket);
+        while let Some(waiter) = version.waiting.pop_front() {
+            let grant = Grant::StartFailed {
+                failure: failure.clone(),
+                deployed: version.deployed.clone(),
+                startup_us,
+            };
+            if waiter.grant.send(grant).is_ok() {
+                break;
+            }
+        }
+        self.retire(function);
+        self.pump(now_ms);
+    }
+
+    // ---- what became of a sandbox ----
+
+    /// A request that the sandbox served is over.
+    pub(crate) fn finished(&mut self, now_ms: u64, sandbox: SandboxId) {
+        if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
+            entry.requests += 1;
+            entry.last_used_ms = now_ms;
+            if entry.stays_warm.as_ref().is_some_and(|s| !s.lasting) {
+                entry.stays_warm = None;
+            }
+            self.free(now_ms, sandbox);
+        }
+    }
+
+    /// A restore for a request went well. False if the sandbox is being purged.
+    pub(crate) fn restored(&mut self, now_ms: u64, sandbox: SandboxId) -> bool {
+        let Some(entry) = self.sandboxes.get_mut(&sandbox) else { return false };
+        if entry.phase != Phase::Restoring {
+            return false;
+        }
+        entry.restores += 1;
+        entry.memory = entry.warm_bytes;
+        entry.enter(Phase::Running, now_ms);
+        if entry.doomed {
+            self.purge(sandbox);
+            return false;
+        }
+        true
+    }
+
+    /// A restore that an operator asked for went well.
+    pub(crate) fn restored_by_hand(&mut self, now_ms: u64, sandbox: SandboxId) {
+        if self.restored(now_ms, sandbox) {
+            self.free(now_ms, sandbox);
+        }
+    }
+
+    /// A dedup operation is over.
+    pub(crate) fn dedup_ended(
+        &mut self,
+        now_ms: u64,
+        sandbox: SandboxId,
+        result: &Result<DedupReport, DedupFailure>,
+    ) {
+        self.dedups = self.dedups.saturating_sub(1);
+        // Another may begin now.
+        self.effects.push(Effect::Wake);
+        let Some(entry) = self.sandboxes.get_mut(&sandbox) else { return };
+        let function = entry.function;
+        let warm_since_ms = entry.warm_since_ms;
+        match result {
+            Ok(report) => {
+                entry.dedups += 1;
+                entry.warm_bytes = report.before.total();
+                entry.memory = report.after.total();
+                entry.stays_warm = None;
+                entry.enter(Phase::Dedup, now_ms);
+                if let Some(version) = self.versions.get_mut(&function) {
+                    version.bases += u64::from(report.base_bytes > 0);
+                    if let Some(stats) = self.stats.get_mut(&version.deployed.spec.name) {
+                        stats.warm_memory(report.before.total());
+                        stats.dedup_memory(report.after.total());
+                    }
+                }
+                self.settle(now_ms, sandbox);
+            }
+            Err(DedupFailure::Cancelled) => self.free_since(now_ms, warm_since_ms, sandbox),
+            Err(DedupFailure::StaysWarm { reason, lasting }) => {
+                entry.stays_warm = Some(StaysWarm {
+                    reason: reason.clone(),
+                    lasting: *lasting,
+                    retry_at_ms: now_ms.saturating_add(self.config.dedup_retry_ms),
+                });
+                self.free_since(now_ms, warm_since_ms, sandbox);
+            }
+            Err(DedupFailure::Lost(_)) => self.gone(now_ms, sandbox),
+        }
+    }
+
+    /// A sandbox has nothing to do: a waiting request takes it, or it stays as the policy decides.
+    pub(crate) fn free(&mut self, now_ms: u64, sandbox: SandboxId) {
+        self.free_since(now_ms, now_ms, sandbox);
+    }
+
+    /// Like [`Table::free`], but its time as a warm sandbox is counted from `since_ms`.
+    fn free_since(&mut self, now_ms: u64, since_ms: u64, sandbox: SandboxId) {
+        let Some(entry) = self.sandboxes.get_mut(&sandbox) else { return };
+        if entry.phase == Phase::Leaving {
+            return;
+        }
+        entry.enter(Phase::Warm, since_ms);
+        self.settle(now_ms, sandbox);
+    }
+
+    /// Finds a place for a sandbox that has just become warm or dedup.
+    fn settle(&mut self, now_ms: u64, sandbox: SandboxId) {
+        let Some(entry) = self.sandboxes.get(&sandbox) else { return };
+        let function = entry.function;
+        if entry.doomed {
+            self.purge(sandbox);
+            return;
+        }
+        self.pump(now_ms);
+        let idle = |e: &Entry| matches!(e.phase, Phase::Warm | Phase::Dedup);
+        if self.sandboxes.get(&sandbox).is_some_and(idle) {
+            if self.closing {
+                self.purge(sandbox);
+            } else {
+                self.ask_policy(now_ms, sandbox);
+            }
+        }
+        self.retire(function);
+    }
+
+    /// A sandbox does not exist any more.
+    pub(crate) fn gone(&mut self, now_ms: u64, sandbox: SandboxId) {
+        let Some(entry) = self.sandboxes.remove(&sandbox) else { return };
+        if let Some(version) = self.versions.get_mut(&entry.function) {
+            version.sandboxes.remove(&sandbox);
+        }
+        self.retire(entry.function);
+        self.pump(now_ms);
+    }
+
+    /// The node saw a sandbox end by itself. If an operation on it is under way, that one's own
+    /// answer says what to do.
+    pub(crate) fn ended_by_itself(&mut self, now_ms: u64, sandbox: SandboxId) {
+        match self.sandboxes.get_mut(&sandbox).map(|e| (e.phase, e)) {
+            Some((Phase::Warm | Phase::Dedup, _)) => self.gone(now_ms, sandbox),
+            Some((_, entry)) => entry.doomed = true,
+            None => {}
+        }
+    }
+
+    /// Ends a sandbox, whatever it is doing: at once, or as soon as a dedup or restore that is
+    /// under way has come to its end.
+    pub(crate) fn purge(&mut self, sandbox: SandboxId) {
+        let Some(entry) = self.sandboxes.get_mut(&sandbox) else { return };
+        match entry.phase {
+            Phase::Leaving | Phase::Restoring => {}
+            Phase::Deduping if entry.doomed => {}
+            Phase::Deduping => self.effects.push(Effect::CancelDedup(sandbox)),
+            Phase::Running | Phase::Warm | Phase::Dedup => {
+                entry.phase = Phase::Leaving;
+                self.effects.push(Effect::Purge(sandbox));
+            }
+        }
+        entry.doomed = true;
+    }
+
+    /// Takes in what a warm sandbox uses, bytes.
+    pub(crate) fn note_warm_memory(&mut self, sandbox: SandboxId, bytes: u64) {
+        let Some(entry) = self.sandboxes.get_mut(&sandbox) else { return };
+        if !matches!(entry.phase, Phase::Warm | Phase::Running) {
+            return;
+        }
+        entry.memory = bytes;
+        entry.warm_bytes = bytes;
+        if let Some(version) = self.versions.get(&entry.function)
+            && let Some(stats) = self.stats.get_mut(&version.deployed.spec.name)
+        {
+            stats.warm_memory(bytes);
+        }
+    }
+
+    // ---- the end ----
+
+    /// No request is accepted from now on.
+    pub(crate) fn close(&mut self) {
+        self.closing = true;
+        let idle: Vec<_> = self
+            .sandboxes
+            .values()
+            .filter(|e| {
+                matches!(e.phase, Phase::Warm | Phase::Dedup | Phase::Deduping)
+                    && self.versions.get(&e.function).is_none_or(|v| v.waiting.is_empty())
+            })
+            .map(|e| e.id)
+            .collect();
+        for sandbox in idle {
+            self.purge(sandbox);
+        }
+    }
+
+    /// Refuses what waits and ends every sandbox, running or not.
+    pub(crate) fn end_all(&mut self) {
+        self.closing = true;
+        for version in self.versions.values_mut() {
+            for waiter in version.waiting.drain(..) {
+                let _ = waiter.grant.send(Grant::Refused(InvokeError::ShuttingDown));
+            }
+        }
+        for sandbox in self.sandboxes.keys().copied().collect::<Vec<_>>() {
+            self.purge(sandbox);
+        }
+    }
+
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing
+    }
+
+    /// Whether any request waits or runs.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.versions.values().any(|v| !v.waiting.is_empty())
+            || self.sandboxes.values().any(|e| {
+                e.phase == Phase::Running || (e.phase == Phase::Restoring && e.for_request)
+            })
+    }
+
+    /// Whether there is no sandbox, not even one on its way in or out.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.sandboxes.is_empty() && self.versions.values().all(|v| v.starting.is_empty())
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
+    }
+
+    /// The node's memory with what is promised to starts and restores under way.
+    fn pressure(&self) -> Pressure {
+        let m = &self.memory;
+        let starting: u64 =
+            self.versions.values().flat_map(|v| v.starting.iter().map(|s| s.expected_bytes)).sum();
+        let restoring: u64 = self
+            .sandboxes
+            .values()
+            .filter(|e| e.phase == Phase::Restoring)
+            .map(|e| e.warm_bytes.saturating_sub(e.memory))
+            .sum();
+        let budget = match (self.config.memory_budget, m.budget) {
+            (0, node) => node,
+            (own, 0) => own,
+            (own, node) => own.min(node),
+        };
+        Pressure {
+            used: m.sandboxes + m.base + m.patches + m.registry + starting + restoring,
+            budget,
+        }
+    }
+}

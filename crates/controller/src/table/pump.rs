@@ -1,0 +1,183 @@
+//! Matching waiting requests with sandboxes, and making more of those.
+
+use medes_core::{FunctionId, SandboxId, StartKind};
+use medes_policy::{DEDUP_FREES_PERCENT, Need, choose};
+
+use super::{Effect, Grant, Phase, Starting, Table, UNKNOWN_WARM_BYTES, Waiter};
+
+/// Whether another sandbox may be started.
+#[derive(PartialEq, Eq)]
+enum Admission {
+    Granted,
+    /// The function has as many as it may have.
+    FunctionLimit,
+    /// The node has no room.
+    NodeLimit,
+}
+
+impl Table {
+    /// Gives waiting requests what there is, oldest first, and starts what is missing.
+    pub(super) fn pump(&mut self, now_ms: u64) {
+        let mut order: Vec<(u64, FunctionId)> = self
+            .versions
+            .iter()
+            .filter_map(|(id, v)| v.waiting.front().map(|w| (w.since_ms, *id)))
+            .collect();
+        order.sort();
+        // First everybody's own: else room would be made for one function out of a sandbox that
+        // another one is waiting for.
+        let mut restoring = false;
+        for (_, function) in &order {
+            restoring |= self.hand_out(now_ms, *function);
+        }
+        if restoring {
+            // A restore is never refused; what it needs is taken from idle sandboxes.
+            self.relieve(now_ms, 0);
+        }
+        for (_, function) in &order {
+            // Who has waited longest for room on the node gets it first.
+            if self.start_missing(now_ms, *function) == Admission::NodeLimit {
+                break;
+            }
+        }
+    }
+
+    /// Gives a version's idle sandboxes to its waiting requests; true if one has to be restored.
+    fn hand_out(&mut self, now_ms: u64, function: FunctionId) -> bool {
+        let mut restoring = false;
+        loop {
+            let Some(version) = self.versions.get(&function) else { return restoring };
+            if version.waiting.is_empty() {
+                return restoring;
+            }
+            let missing = version.waiting.len() > self.supply(version);
+            let restorable = version.waiting.iter().any(|w| w.restore_allowed);
+            let candidates = version.sandboxes.iter().filter_map(|id| {
+                let entry = self.sandboxes.get(id).filter(|e| !e.doomed)?;
+                let fits = match entry.phase {
+                    Phase::Warm => true,
+                    Phase::Deduping => missing && !entry.claimed,
+                    Phase::Dedup => restorable,
+                    _ => false,
+                };
+                if fits { entry.idle() } else { None }
+            });
+            let Some(sandbox) = choose(candidates) else { return restoring };
+            restoring |= self.take(now_ms, function, sandbox);
+        }
+    }
+
+    /// Starts a sandbox for each of a version's waiting requests that none is on its way to, as
+    /// far as that is allowed.
+    fn start_missing(&mut self, now_ms: u64, function: FunctionId) -> Admission {
+        loop {
+            let Some(version) = self.versions.get(&function) else { return Admission::Granted };
+            if version.waiting.len() <= self.supply(version) {
+                return Admission::Granted;
+            }
+            match self.admit(now_ms, function) {
+                Admission::Granted => self.start(now_ms, function),
+                other => return other,
+            }
+        }
+    }
+
+    /// Gives an idle sandbox to the first request that may have it, or asks for it; true if it
+    /// has to be restored.
+    fn take(&mut self, now_ms: u64, function: FunctionId, sandbox: SandboxId) -> bool {
+        let Some(version) = self.versions.get_mut(&function) else { return false };
+        let Some(entry) = self.sandboxes.get_mut(&sandbox) else { return false };
+        let deployed = version.deployed.clone();
+        match entry.phase {
+            Phase::Deduping => {
+                entry.claimed = true;
+                self.effects.push(Effect::CancelDedup(sandbox));
+            }
+            Phase::Warm => {
+                let Some(waiter) = version.waiting.pop_front() else { return false };
+                let grant =
+                    Grant::Ready { sandbox, deployed, start: StartKind::Warm, startup_us: 0 };
+                if waiter.grant.send(grant).is_ok() {
+                    entry.enter(Phase::Running, now_ms);
+                }
+            }
+            Phase::Dedup => {
+                let at = version.waiting.iter().position(|w: &Waiter| w.restore_allowed);
+                let waiter = at.and_then(|at| version.waiting.remove(at));
+                let grant = Grant::Restore { sandbox, deployed };
+                if waiter.is_some_and(|w| w.grant.send(grant).is_ok()) {
+                    entry.enter(Phase::Restoring, now_ms);
+                    entry.for_request = true;
+                    return true;
+                }
+            }
+            Phase::Running | Phase::Restoring | Phase::Leaving => {}
+        }
+        false
+    }
+
+    fn start(&mut self, now_ms: u64, function: FunctionId) {
+        let ticket = self.number();
+        let expected_bytes = self.expected_bytes(function);
+        let Some(version) = self.versions.get_mut(&function) else { return };
+        version.starting.push(Starting { ticket, since_ms: now_ms, expected_bytes });
+        self.effects.push(Effect::Start { deployed: version.deployed.clone(), ticket });
+    }
+
+    fn admit(&mut self, now_ms: u64, function: FunctionId) -> Admission {
+        let Some(version) = self.versions.get(&function) else { return Admission::FunctionLimit };
+        let within = |limit: u32, count: usize| limit == 0 || count < limit as usize;
+        let own = match version.deployed.spec.max_sandboxes {
+            0 => self.config.max_sandboxes_per_function,
+            limit => limit,
+        };
+        if !within(own, version.sandboxes.len() + version.starting.len()) {
+            return Admission::FunctionLimit;
+        }
+        let starting: usize = self.versions.values().map(|v| v.starting.len()).sum();
+        let all = self.sandboxes.len() + starting;
+        if !within(self.config.max_sandboxes, all) {
+            let leaving = self.sandboxes.values().filter(|e| e.phase == Phase::Leaving).count();
+            if leaving == 0 {
+                self.evict(now_ms, Need::Slots(1));
+            }
+            return Admission::NodeLimit;
+        }
+        let needed = self.expected_bytes(function);
+        // With nothing running, nothing will ever be freed: one sandbox is always allowed.
+        if all > 0 && self.pressure().excess(needed) > 0 {
+            self.relieve(now_ms, needed);
+            return Admission::NodeLimit;
+        }
+        Admission::Granted
+    }
+
+    fn expected_bytes(&self, function: FunctionId) -> u64 {
+        let Some(version) = self.versions.get(&function) else { return 0 };
+        let spec = &version.deployed.spec;
+        self.stats
+            .get(&spec.name)
+            .and_then(|s| s.expected_warm_bytes())
+            .unwrap_or_else(|| UNKNOWN_WARM_BYTES.min(u64::from(spec.memory_mib) << 20))
+    }
+
+    /// Makes room for `more` bytes, beyond what is being freed already.
+    pub(super) fn relieve(&mut self, now_ms: u64, more: u64) {
+        let excess = self.pressure().excess(more);
+        if excess == 0 {
+            return;
+        }
+        let coming: u64 = self
+            .sandboxes
+            .values()
+            .map(|e| match e.phase {
+                Phase::Leaving => e.memory,
+                Phase::Deduping if !e.claimed => e.memory * DEDUP_FREES_PERCENT / 100,
+                _ => 0,
+            })
+            .sum();
+        if excess > coming {
+            self.evict(now_ms, Need::Bytes(excess - coming));
+        }
+    }
+}

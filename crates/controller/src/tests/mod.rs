@@ -1,0 +1,6 @@
+//! The controller over a fake node, in tokio's paused time.
+
+mod functions;
+mod lifecycle;
+mod requests;
+mod simulation;
