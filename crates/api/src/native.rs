@@ -1,0 +1,345 @@
+//! The native API, version 1.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use base64::Engine as _;
+use futures_util::stream;
+use medes_controller::{
+    CodeSource, Controller, Deploy, DeployMode, HandError, InvokeOptions, error_type,
+};
+use medes_core::{FunctionName, InvocationResult, Layout, SandboxId};
+use medes_node::NodeApi;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::error::ApiError;
+
+/// How often a followed log is looked at.
+const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
+
+/// What is shown of a log if nothing else is asked for, bytes.
+const LOG_BYTES: usize = 64 << 10;
+
+type Answer = Result<Response, ApiError>;
+
+pub(crate) fn routes<N: NodeApi>() -> Router<Controller<N>> {
+    Router::new()
+        .route("/v1/health", get(health::<N>))
+        .route("/v1/info", get(info::<N>))
+        .route("/v1/shutdown", post(shutdown::<N>))
+        .route("/v1/functions", get(functions::<N>))
+        .route("/v1/functions/{name}", put(deploy::<N>).get(function::<N>).delete(remove::<N>))
+        .route("/v1/functions/{name}/invoke", post(invoke::<N>))
+        .route("/v1/functions/{name}/logs", get(logs::<N>))
+        .route("/v1/functions/{name}/dedup", post(dedup_function::<N>))
+        .route("/v1/functions/{name}/restore", post(restore_function::<N>))
+        .route("/v1/functions/{name}/purge", post(purge_function::<N>))
+        .route("/v1/sandboxes", get(sandboxes::<N>))
+        .route("/v1/sandboxes/{id}", axum::routing::delete(purge::<N>))
+        .route("/v1/sandboxes/{id}/dedup", post(dedup::<N>))
+        .route("/v1/sandboxes/{id}/restore", post(restore::<N>))
+        // Each handler has its own limit, which it names in its error.
+        .layer(DefaultBodyLimit::disable())
+}
+
+pub(crate) async fn no_such_route(request: Request) -> Response {
+    let message = format!(
+        "there is no {} {}; the native API is below /v1 (functions, sandboxes, info, health), \
+         AWS Lambda's below /2015-03-31",
+        request.method(),
+        request.uri().path()
+    );
+    ApiError::new(StatusCode::NOT_FOUND, "NoSuchRoute", message).into_response()
+}
+
+async fn health<N: NodeApi>(State(controller): State<Controller<N>>) -> Response {
+    let version = env!("CARGO_PKG_VERSION");
+    let uptime_ms = controller.uptime_ms();
+    Json(json!({ "status": "ok", "version": version, "uptime_ms": uptime_ms })).into_response()
+}
+
+async fn info<N: NodeApi>(State(controller): State<Controller<N>>) -> Response {
+    let info = controller.info();
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "node": { "memory": info.memory, "runtimes": info.runtimes },
+        "config": info.config,
+        "functions": info.functions,
+        "sandboxes": info.sandboxes,
+        "uptime_ms": info.uptime_ms,
+    }))
+    .into_response()
+}
+
+async fn shutdown<N: NodeApi>(State(controller): State<Controller<N>>) -> StatusCode {
+    controller.request_shutdown();
+    StatusCode::ACCEPTED
+}
+
+async fn functions<N: NodeApi>(State(controller): State<Controller<N>>) -> Response {
+    Json(json!({ "functions": controller.functions() })).into_response()
+}
+
+async fn function<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(name): Path<String>,
+) -> Answer {
+    let name = function_name(&name)?;
+    let view = controller.function(&name).ok_or(HandError::NoSuchFunction(name))?;
+    Ok(Json(view).into_response())
+}
+
+/// The body of a deployment.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeployBody {
+    runtime: String,
+    handler: String,
+    code: CodeBody,
+    #[serde(default)]
+    layers: Vec<PathBuf>,
+    #[serde(default)]
+    environment: BTreeMap<String, String>,
+    memory_mib: Option<u32>,
+    timeout_ms: Option<u64>,
+    max_sandboxes: Option<u32>,
+    #[serde(default)]
+    layout: Layout,
+    #[serde(default)]
+    description: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum CodeBody {
+    Directory(PathBuf),
+    Zip(String),
+}
+
+async fn deploy<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Answer {
+    let name = function_name(&name)?;
+    // Base64 takes four bytes for three; the settings take some more.
+    let limit = (controller.config().max_code as usize).saturating_mul(4) / 3 + (1 << 20);
+    let body: DeployBody = json_body(request, limit).await?;
+    let code = match body.code {
+        CodeBody::Directory(path) => CodeSource::Directory(path),
+        CodeBody::Zip(text) => {
+            let zip = base64::engine::general_purpose::STANDARD.decode(text);
+            CodeSource::Zip(zip.map_err(|e| ApiError::bad_request(format!("code.zip: {e}")))?)
+        }
+    };
+    let mut deploy = Deploy::new(name.clone(), &body.runtime, &body.handler, code);
+    deploy.layers = body.layers;
+    deploy.environment = body.environment;
+    deploy.memory_mib = body.memory_mib.unwrap_or(deploy.memory_mib);
+    deploy.timeout_ms = body.timeout_ms.unwrap_or(deploy.timeout_ms);
+    deploy.max_sandboxes = body.max_sandboxes.unwrap_or(deploy.max_sandboxes);
+    deploy.layout = body.layout;
+    deploy.description = body.description;
+    controller.deploy(deploy, DeployMode::Replace).await?;
+    let view = controller.function(&name).ok_or(HandError::NoSuchFunction(name))?;
+    Ok(Json(view).into_response())
+}
+
+async fn remove<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(name): Path<String>,
+) -> Answer {
+    controller.remove(&function_name(&name)?).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+async fn invoke<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Answer {
+    let options = InvokeOptions::default();
+    let name = function_name(&name)?;
+    let limit = controller.config().max_payload;
+    let payload = body(request, limit).await?;
+    let result = controller.invoke(&name, payload, options).await?;
+    Ok(answer(result))
+}
+
+/// A function's answer, with what is known of its way in headers.
+fn answer(result: InvocationResult) -> Response {
+    let mut headers = HeaderMap::new();
+    let mut set = |name: &'static str, value: String| {
+        if let Ok(value) = HeaderValue::try_from(value) {
+            headers.insert(name, value);
+        }
+    };
+    set("content-type", "application/json".to_owned());
+    set("x-medes-request", result.request.to_string());
+    if let Some(sandbox) = result.sandbox {
+        set("x-medes-sandbox", sandbox.to_string());
+    }
+    set("x-medes-start", result.start.to_string());
+    set("x-medes-queue-us", result.timing.queue_us.to_string());
+    set("x-medes-startup-us", result.timing.startup_us.to_string());
+    set("x-medes-execution-us", result.timing.execution_us.to_string());
+    set("x-medes-total-us", result.timing.total_us.to_string());
+    if let Some(error) = &result.error {
+        let own = serde_json::from_slice::<Value>(&result.payload).ok();
+        let own = own.as_ref().and_then(|document| document["errorType"].as_str());
+        let kind = own.filter(|k| k.bytes().all(|b| (32..127).contains(&b)));
+        set("x-medes-error", kind.unwrap_or_else(|| error_type(error)).to_owned());
+    }
+    (headers, result.payload).into_response()
+}
+
+#[derive(Deserialize)]
+struct LogQuery {
+    bytes: Option<usize>,
+    #[serde(default)]
+    follow: bool,
+}
+
+async fn logs<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(name): Path<String>,
+    Query(query): Query<LogQuery>,
+) -> Answer {
+    let name = function_name(&name)?;
+    let deployed = controller.deployed(&name).ok_or(HandError::NoSuchFunction(name))?;
+    let (text, position) =
+        controller.node().logs_tail(&deployed.spec, query.bytes.unwrap_or(LOG_BYTES)).await;
+    let plain = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
+    if !query.follow {
+        return Ok((plain, text).into_response());
+    }
+    let first = Some(text).filter(|t| !t.is_empty());
+    let lines = stream::unfold((first, position), move |(first, position)| {
+        let (controller, deployed) = (controller.clone(), deployed.clone());
+        async move {
+            if let Some(text) = first {
+                return Some((Ok::<_, std::convert::Infallible>(text), (None, position)));
+            }
+            loop {
+                let (text, next) = controller.node().logs_after(&deployed.spec, position).await;
+                if !text.is_empty() {
+                    return Some((Ok(text), (None, next)));
+                }
+                tokio::select! {
+                    () = tokio::time::sleep(FOLLOW_INTERVAL) => {}
+                    () = controller.shutdown_requested() => return None,
+                }
+            }
+        }
+    });
+    Ok((plain, Body::from_stream(lines)).into_response())
+}
+
+async fn sandboxes<N: NodeApi>(State(controller): State<Controller<N>>) -> Response {
+    Json(json!({ "sandboxes": controller.sandboxes() })).into_response()
+}
+
+#[derive(Deserialize)]
+struct DedupQuery {
+    #[serde(default)]
+    base: bool,
+}
+
+async fn dedup<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(id): Path<String>,
+    Query(query): Query<DedupQuery>,
+) -> Answer {
+    let id = sandbox_id(&id)?;
+    let report = controller.dedup(id, query.base).await?;
+    Ok(Json(json!({ "sandbox": id.to_string(), "report": report })).into_response())
+}
+
+async fn restore<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(id): Path<String>,
+) -> Answer {
+    let id = sandbox_id(&id)?;
+    let report = controller.restore(id).await?;
+    Ok(Json(json!({ "sandbox": id.to_string(), "report": report })).into_response())
+}
+
+async fn purge<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(id): Path<String>,
+) -> Answer {
+    controller.purge(sandbox_id(&id)?).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+async fn dedup_function<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(name): Path<String>,
+) -> Answer {
+    Ok(results(controller.dedup_function(&function_name(&name)?).await?))
+}
+
+async fn restore_function<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(name): Path<String>,
+) -> Answer {
+    Ok(results(controller.restore_function(&function_name(&name)?).await?))
+}
+
+async fn purge_function<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(name): Path<String>,
+) -> Answer {
+    Ok(results(controller.purge_function(&function_name(&name)?).await?))
+}
+
+fn results<T: serde::Serialize>(all: Vec<(SandboxId, Result<T, HandError>)>) -> Response {
+    let one = |(id, result): (SandboxId, Result<T, HandError>)| match result {
+        Ok(report) => json!({ "sandbox": id.to_string(), "report": report, "error": null }),
+        Err(error) => {
+            let error = ApiError::from(error).body();
+            json!({ "sandbox": id.to_string(), "report": null, "error": error })
+        }
+    };
+    Json(json!({ "results": all.into_iter().map(one).collect::<Vec<_>>() })).into_response()
+}
+
+fn function_name(text: &str) -> Result<FunctionName, ApiError> {
+    text.parse().map_err(ApiError::bad_request)
+}
+
+fn sandbox_id(text: &str) -> Result<SandboxId, ApiError> {
+    text.parse().map_err(|e| ApiError::bad_request(format!("sandbox {text:?}: {e}")))
+}
+
+/// The body of a request, if it is not longer than `limit`.
+async fn body(request: Request, limit: usize) -> Result<Bytes, ApiError> {
+    let announced = request.headers().get(header::CONTENT_LENGTH);
+    let announced = announced.and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
+    let too_large = || {
+        let message = format!("the body is longer than the {limit} bytes that are allowed");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "PayloadTooLarge", message)
+    };
+    if announced.is_some_and(|length| length > limit) {
+        return Err(too_large());
+    }
+    axum::body::to_bytes(request.into_body(), limit).await.map_err(|error| {
+        use std::error::Error as _;
+        let limited = error.source().is_some_and(|e| e.is::<http_body_util::LengthLimitError>());
+        if limited { too_large() } else { ApiError::bad_request(format!("the body: {error}")) }
+    })
+}
+
+async fn json_body<T: DeserializeOwned>(request: Request, limit: usize) -> Result<T, ApiError> {
+    let bytes = body(request, limit).await?;
+    serde_json::from_slice(&bytes).map_err(|e| ApiError::bad_request(format!("the body: {e}")))
+}
