@@ -21,15 +21,17 @@ const POOR: usize = 512;
 /// dictionary, because it would not be taken for raw content.
 const ZSTD_DICTIONARY_MAGIC: [u8; 4] = 0xec30_a437_u32.to_le_bytes();
 
-/// Bytes that a slower encoding has to save over word runs: about 64 for a microsecond of decoding.
-fn handicap(encoding: Encoding) -> usize {
-    match encoding {
-        Encoding::Delta => 48,
-        Encoding::Compressed => 128,
+/// Bytes that an encoding has to save over word runs for its decoding time, at `price` bytes a
+/// microsecond. The times are measured, on pages that are in the cache.
+fn handicap(encoding: Encoding, price: usize, len: usize) -> usize {
+    let nanoseconds = match encoding {
+        Encoding::Zero | Encoding::Equal | Encoding::WordRuns | Encoding::Raw => return 0,
+        Encoding::Delta => 200 + 2 * len,
         // Hardly smaller than without the base page means that the base page is of no use.
-        Encoding::DictCompressed => 160,
-        Encoding::Zero | Encoding::Equal | Encoding::WordRuns | Encoding::Raw => 0,
-    }
+        Encoding::DictCompressed => 2500 + len,
+        Encoding::Compressed => 2000 + len,
+    };
+    nanoseconds * price / 1000
 }
 
 /// Turns pages into patches. Owns what encoding needs, so that nothing is allocated per page; use
@@ -44,13 +46,24 @@ pub struct Encoder {
     best: Vec<u8>,
     /// A zstd frame, which has room to be larger than the page.
     frame: Box<[u8; 2 * PAGE_SIZE]>,
+    /// Bytes that a microsecond of decoding has to save.
+    price: usize,
 }
 
 impl Encoder {
-    /// An encoder.
+    /// An encoder that takes slower decoding if it saves 32 bytes a microsecond: patches of
+    /// real pages then are 1-2 % larger than the smallest and decode 10 % faster.
     #[must_use]
     pub fn new() -> Self {
+        Self::with_price(32)
+    }
+
+    /// An encoder that takes slower decoding if it saves this many bytes a microsecond: 0 for the
+    /// smallest patches, more for a faster restore.
+    #[must_use]
+    pub fn with_price(bytes_per_microsecond: u16) -> Self {
         Self {
+            price: bytes_per_microsecond.into(),
             zstd: CCtx::create(),
             delta: DeltaEncoder::new(),
             relocated: Box::new([0; PAGE_SIZE]),
@@ -102,7 +115,7 @@ impl Encoder {
             relocation.apply(base, &mut self.relocated);
         }
         for encoding in [Encoding::WordRuns, Encoding::Delta, Encoding::DictCompressed] {
-            if best.cost <= SMALL + handicap(encoding) {
+            if best.cost <= SMALL + handicap(encoding, self.price, SMALL) {
                 return;
             }
             let base = if relocated { &*self.relocated } else { base };
@@ -111,7 +124,7 @@ impl Encoder {
             if relocated {
                 relocation.write(&mut self.trial);
             }
-            let limit = best.cost.saturating_sub(self.trial.len() + handicap(encoding));
+            let limit = best.cost - self.trial.len();
             let encoded = match encoding {
                 Encoding::WordRuns => {
                     word_runs::encode(page, base, limit, &mut self.trial).is_some()
@@ -145,7 +158,7 @@ impl Encoder {
     /// Makes the trial the best patch unless it is worse. Of equals the later one wins: the one that
     /// needs no base page comes last.
     fn consider(&mut self, encoding: Encoding, best: &mut Best) {
-        let cost = self.trial.len() + handicap(encoding);
+        let cost = self.trial.len() + handicap(encoding, self.price, self.trial.len());
         if cost <= best.cost {
             *best = Best { encoding, cost };
             std::mem::swap(&mut self.best, &mut self.trial);

@@ -114,9 +114,6 @@ pub enum DecodeError {
     /// The relocation table is malformed.
     #[error("the patch has a malformed relocation table")]
     Relocation,
-    /// A copy comes from no known source.
-    #[error("the patch copies from an unknown source")]
-    Source,
     /// A copy reaches outside a page.
     #[error("the patch reaches outside the page")]
     Overflow,

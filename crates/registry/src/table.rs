@@ -17,11 +17,23 @@ const MAX_FILL: usize = 85;
 /// How full a rebuilt table is (of 100): 1.2 times the room is what a growing table gets.
 const NEW_FILL: usize = 71;
 
-/// One base page that has a chunk.
+/// One base page that has a chunk: the slot of its snapshot, and its index there in the low 32
+/// bits. One number, because lookups sort them.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) struct Location {
-    pub(crate) slot: Slot,
-    pub(crate) page: u32,
+pub(crate) struct Location(u64);
+
+impl Location {
+    pub(crate) fn new(slot: Slot, page: u32) -> Self {
+        Self(u64::from(slot) << 32 | u64::from(page))
+    }
+
+    pub(crate) fn slot(self) -> Slot {
+        (self.0 >> 32) as Slot
+    }
+
+    pub(crate) fn page(self) -> u32 {
+        self.0 as u32
+    }
 }
 
 /// Entries of an array each, which leaves no gaps between fields of different sizes.
@@ -40,13 +52,13 @@ const _: () = assert!(size_of::<Bucket>() == 64);
 
 impl Bucket {
     fn location(&self, at: usize) -> Location {
-        Location { slot: self.slots[at], page: self.pages[at] }
+        Location::new(self.slots[at], self.pages[at])
     }
 
     fn set(&mut self, at: usize, tag: u32, location: Location) {
         self.tags[at] = tag;
-        self.slots[at] = location.slot;
-        self.pages[at] = location.page;
+        self.slots[at] = location.slot();
+        self.pages[at] = location.page();
     }
 
     /// The positions of the entries with this tag. All positions are compared, whatever `len` is,
@@ -138,11 +150,11 @@ impl Table {
             let bucket = &self.buckets[at];
             for i in 0..usize::from(bucket.len) {
                 let other = bucket.location(i);
-                if !snapshots.is_live(other.slot) {
+                if !snapshots.is_live(other.slot()) {
                     free = free.or(Some((at, i)));
                 } else if bucket.tags[i] == tag {
                     pages += 1;
-                    same_snapshot += usize::from(other.slot == location.slot);
+                    same_snapshot += usize::from(other.slot() == location.slot());
                     if other == location || pages == limit || same_snapshot == of_one {
                         return false;
                     }
@@ -180,12 +192,12 @@ impl Table {
             self.len += 1;
         }
         bucket.set(i, tag, location);
-        let slot = usize::from(location.slot);
+        let slot = usize::from(location.slot());
         if self.by_slot.len() <= slot {
             self.by_slot.resize(slot + 1, 0);
         }
         self.by_slot[slot] += 1;
-        snapshots.add_entry(location.slot);
+        snapshots.add_entry(location.slot());
     }
 
     /// Counts the entries of a slot whose snapshot has just been removed as dead, and tells how
@@ -209,11 +221,11 @@ impl Table {
         for bucket in &old {
             for i in 0..usize::from(bucket.len) {
                 let location = bucket.location(i);
-                if snapshots.is_live(location.slot) {
+                if snapshots.is_live(location.slot()) {
                     self.append(bucket.tags[i], location);
                 } else {
-                    self.by_slot[usize::from(location.slot)] -= 1;
-                    snapshots.drop_entry(location.slot);
+                    self.by_slot[usize::from(location.slot())] -= 1;
+                    snapshots.drop_entry(location.slot());
                 }
             }
         }
