@@ -39,7 +39,9 @@
 //! call in `rax` and `orig_rax`; after injected calls it is led back to the same place with
 //! the same state, so that the kernel's own restart rules apply after detaching. Waits that
 //! the kernel does not restart by itself are made to (see
-//! [`SeizeOptions::restart_interrupted_waits`]). Signals stay pending while a thread runs
+//! [`SeizeOptions::restart_interrupted_waits`]): freezing and thawing alone would end them with
+//! EINTR. Some calls go on as `restart_syscall`, as after SIGSTOP; a program's seccomp filter has
+//! to allow it or the program dies, however it is stopped. Signals stay pending while a thread runs
 //! injected calls, except SIGSTOP, which is sent again at the end.
 //!
 //! # If the tracer dies
@@ -278,7 +280,8 @@ impl SeizedProcess {
             if self.threads.iter().any(|thread| thread.tid == tid) {
                 continue;
             }
-            if thread_state(pid, tid) == Some('T') && frozen_v1(pid) {
+            // A signal stops all threads, so the main thread speaks for them.
+            if tid == pid && thread_state(pid, tid) == Some('T') && frozen_v1(pid) {
                 return Err(SeizeError::FrozenV1 { pid });
             }
             match stop::seize(tid).and_then(|()| stop::interrupt(tid)) {
@@ -400,13 +403,14 @@ impl SeizedProcess {
         if matches!(settled, Err(InjectError::Lost { .. })) {
             self.kill();
         }
+        let until = Instant::now() + Duration::from_millis(20);
         for thread in std::mem::take(&mut self.threads) {
             match stop::detach(thread.tid) {
                 Ok(()) => {}
                 // Not stopped: dead, or one that did not stop in time. A second look for a
                 // thread that stopped since.
                 Err(_) => {
-                    let mut waiter = Waiter::until(Instant::now() + Duration::from_millis(20));
+                    let mut waiter = Waiter::until(until);
                     match waiter.wait(self.pid, thread.tid, &mut || {}) {
                         Some(Stop::Exited) => self.reap(thread.tid),
                         Some(Stop::Signal(signal)) => {

@@ -148,6 +148,11 @@ impl UserFault {
         Self { fd, features, registered, queued: VecDeque::new(), target_fd }
     }
 
+    /// The descriptor, to be passed to another process.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     /// Features in use.
     pub fn features(&self) -> UserFaultFeatures {
         self.features

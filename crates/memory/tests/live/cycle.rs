@@ -1,11 +1,11 @@
 //! Whole evictions and restores.
 
-use crate::harness::{Cgroup, How, Saved, Target, evict, evict_all, private_bytes};
+use crate::harness::{Cgroup, How, Saved, Target, evict, evict_again, evict_all, private_bytes};
 use medes_memory::session::{Freezer, on_tracer_thread};
 use medes_memory::tracee::SeizeOptions;
 use medes_memory::userfault::{UserFault, UserFaultFeatures, UserFaultOptions};
 
-fn restore_and_thaw(cgroup: &Cgroup, mut saved: Saved) {
+fn restore_and_thaw(cgroup: &Cgroup, saved: &mut Saved) {
     saved.restore();
     saved.userfault.unregister_all().unwrap();
     let mut freezer = cgroup;
@@ -22,11 +22,11 @@ fn memory_of_every_kind_survives_a_hundred_cycles() {
         let mut how = if cycle % 2 == 0 { How::with_events() } else { How::default() };
         how.userfault.without_privilege = cycle % 3 == 0;
         let before = private_bytes(target.pid);
-        let saved = evict(&cgroup, target.pid, &how);
+        let mut saved = evict(&cgroup, target.pid, &how);
         let after = private_bytes(target.pid);
         assert!(saved.evicted.anonymous.bytes > 16 << 20 && saved.evicted.file.bytes > 0);
         assert!(before > 16 << 20 && after < 1 << 20, "cycle {cycle}: {before} -> {after}");
-        restore_and_thaw(&cgroup, saved);
+        restore_and_thaw(&cgroup, &mut saved);
         assert_eq!(target.ask("check"), "ok", "cycle {cycle}");
     }
 }
@@ -38,12 +38,17 @@ fn a_userfaultfd_is_used_again() {
     cgroup.add(target.pid);
     let mut how = How::with_events();
     how.userfault.keep_in_target = true;
-    let saved = evict(&cgroup, target.pid, &how);
+    let mut saved = evict(&cgroup, target.pid, &how);
     let kept = saved.userfault.target_fd().unwrap();
     let link = std::fs::read_link(format!("/proc/{}/fd/{kept}", target.pid)).unwrap();
     assert_eq!(link.to_str(), Some("anon_inode:[userfaultfd]"));
-    restore_and_thaw(&cgroup, saved);
-    assert_eq!(target.ask("check"), "ok");
+    for _ in 0..10 {
+        restore_and_thaw(&cgroup, &mut saved);
+        assert_eq!(target.ask("check"), "ok");
+        let userfault = saved.take_userfault();
+        saved = evict_again(&cgroup, target.pid, &how, userfault);
+        assert!(private_bytes(target.pid) < 1 << 20);
+    }
 }
 
 #[test]

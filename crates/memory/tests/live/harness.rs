@@ -102,7 +102,6 @@ impl Target {
     pub fn spawn_with(name: &str, configure: impl FnOnce(&mut Command)) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command
-            .args(["target_main", "--exact", "--nocapture", "--test-threads=1"])
             .env(TARGET_VARIABLE, name)
             .env("RUST_BACKTRACE", "0")
             .stdin(Stdio::piped())
@@ -279,13 +278,28 @@ pub fn evict(cgroup: &Cgroup, pid: i32, how: &How) -> Saved {
 pub fn evict_all(cgroup: &Cgroup, pids: &[i32], how: &How) -> Vec<Saved> {
     on_tracer_thread(|| {
         let mut session = Session::open(cgroup, &SeizeOptions::default()).unwrap();
-        let all = pids.iter().map(|pid| evict_one(&mut session, *pid, how)).collect();
+        let all = pids.iter().map(|pid| evict_one(&mut session, *pid, how, None)).collect();
         session.close().unwrap();
         all
     })
 }
 
-fn evict_one(session: &mut Session<&Cgroup>, pid: i32, how: &How) -> Saved {
+/// Takes everything from one process, by a userfaultfd that it was taken by before.
+pub fn evict_again(cgroup: &Cgroup, pid: i32, how: &How, userfault: UserFault) -> Saved {
+    on_tracer_thread(|| {
+        let mut session = Session::open(cgroup, &SeizeOptions::default()).unwrap();
+        let saved = evict_one(&mut session, pid, how, Some(userfault));
+        session.close().unwrap();
+        saved
+    })
+}
+
+fn evict_one(
+    session: &mut Session<&Cgroup>,
+    pid: i32,
+    how: &How,
+    userfault: Option<UserFault>,
+) -> Saved {
     let process = session.process(pid).expect("the target is in the group");
     let areas = process.rseq_areas().unwrap();
     let keep: Vec<_> =
@@ -294,7 +308,8 @@ fn evict_one(session: &mut Session<&Cgroup>, pid: i32, how: &How) -> Saved {
     plan.eviction.track_writes = how.track_writes;
     let anonymous_content = content_of(pid, &plan.anonymous);
     let file_content = content_of(pid, &plan.file);
-    let mut userfault = session.userfault(pid, &how.userfault).unwrap();
+    let mut userfault =
+        userfault.unwrap_or_else(|| session.userfault(pid, &how.userfault).unwrap());
     let evicted = session.evict(pid, &mut userfault, &plan.eviction).unwrap();
     assert!(evicted.left_resident.is_empty(), "{:?}", evicted.left_resident);
     let Plan { anonymous, file, .. } = plan;

@@ -13,10 +13,17 @@ mod syscalls;
 mod targets;
 mod unprivileged;
 
-/// Not a test: the entry point of the target processes.
-#[test]
-fn target_main() {
-    if let Ok(name) = std::env::var(harness::TARGET_VARIABLE) {
-        targets::run(&name);
+/// Where a target process begins: before `main`, so that its main thread is the program's own
+/// and not the test harness's.
+#[used]
+// SAFETY: the section holds pointers to functions that the C runtime calls once, without
+// arguments that are looked at, after the standard library's own needs are met.
+#[unsafe(link_section = ".init_array")]
+static ENTRY: extern "C" fn() = {
+    extern "C" fn enter() {
+        if let Ok(name) = std::env::var(harness::TARGET_VARIABLE) {
+            targets::run(&name);
+        }
     }
-}
+    enter
+};

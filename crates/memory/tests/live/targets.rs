@@ -2,7 +2,7 @@
 
 use std::io::BufRead;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
@@ -10,7 +10,8 @@ const PAGE: usize = 4096;
 pub fn run(name: &str) {
     match name {
         "memory" => memory(),
-        "waits" => waits(),
+        "waits" => waits(None),
+        "suspended" => suspended(),
         "filtered" => filtered(),
         "uring" => uring(),
         "userfault" => own_userfault(),
@@ -22,6 +23,7 @@ pub fn run(name: &str) {
         "vfork" => vfork(),
         "threads" => churning_threads(),
         "idle" => serve(|_| "ok".to_owned()),
+        wait if wait.starts_with("wait ") => waits(wait[5..].parse().ok()),
         other => panic!("no target {other}"),
     }
     std::process::exit(0);
@@ -116,7 +118,7 @@ static DATA: [AtomicU64; 4096] = [const { AtomicU64::new(7) }; 4096];
 
 /// Memory of every kind, with threads that wait in every way.
 fn memory() {
-    start_waiters();
+    start_waits();
     let mut anonymous = Region::map(8 << 20, 1);
     let mut hidden = Region::map(1 << 20, 2);
     hidden.protection = libc::PROT_NONE;
@@ -183,7 +185,7 @@ fn memory() {
             round += 1;
             match fill(round, &mut heap, true) {
                 Err(error) => error,
-                Ok(()) => match waiters_verdict() {
+                Ok(()) => match waits_verdict() {
                     Some(error) => error,
                     None => "ok".to_owned(),
                 },
@@ -212,122 +214,184 @@ fn deep_stack(depth: u64, inner: &mut dyn FnMut()) {
     }
 }
 
-static WAITER_ERRORS: AtomicU32 = AtomicU32::new(0);
-static WAITER_ERROR: std::sync::Mutex<String> = std::sync::Mutex::new(String::new());
-static WAITER_ROUNDS: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
-static FUTEX: AtomicU32 = AtomicU32::new(0);
-static STOP: AtomicBool = AtomicBool::new(false);
+const TIMEOUT: Duration = Duration::from_millis(7);
+/// For calls that take milliseconds and round them.
+const TIMEOUT_MS: i32 = TIMEOUT.as_millis() as i32 + 1;
+const TIMESPEC: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: TIMEOUT.as_nanos() as i64 };
 
-fn waiter_failed(what: &str) {
-    if WAITER_ERRORS.fetch_add(1, Ordering::Relaxed) == 0 {
-        *WAITER_ERROR.lock().unwrap() = format!("{what}: {}", std::io::Error::last_os_error());
-    }
-}
+/// The name of a wait, and the wait itself, which says whether it ended by its timeout.
+type Wait = (&'static str, fn() -> bool);
 
-fn waiters_verdict() -> Option<String> {
-    match WAITER_ERRORS.load(Ordering::Relaxed) {
-        0 => None,
-        count => Some(format!("{count} wrong waits: {}", WAITER_ERROR.lock().unwrap())),
-    }
-}
-
-/// Threads that wait over and over, by one system call each, with short timeouts; every result
-/// other than a timeout that is not early is an error.
-fn start_waiters() {
-    const TIMEOUT: Duration = Duration::from_millis(7);
-    fn waiter(index: usize, name: &'static str, mut wait: impl FnMut() -> bool + Send + 'static) {
-        std::thread::spawn(move || {
-            while !STOP.load(Ordering::Relaxed) {
-                let start = Instant::now();
-                if !wait() {
-                    waiter_failed(name);
-                } else if start.elapsed() < TIMEOUT {
-                    waiter_failed("early");
-                }
-                WAITER_ROUNDS[index].fetch_add(1, Ordering::Relaxed);
-            }
-        });
-    }
-    let timeout = libc::timespec { tv_sec: 0, tv_nsec: TIMEOUT.as_nanos() as i64 };
-    let errno = || std::io::Error::last_os_error().raw_os_error().unwrap();
-    waiter(0, "nanosleep", move || {
-        // SAFETY: reads a local timespec.
-        unsafe { libc::syscall(libc::SYS_nanosleep, &timeout, ptr::null_mut::<u8>()) == 0 }
-    });
-    waiter(1, "futex", move || {
+/// Waits by one system call each.
+pub const WAITS: [Wait; 9] = [
+    ("nanosleep", || {
+        // SAFETY: reads a constant timespec.
+        unsafe { libc::syscall(libc::SYS_nanosleep, &TIMESPEC, ptr::null_mut::<u8>()) == 0 }
+    }),
+    ("futex", || {
+        let wait = libc::FUTEX_WAIT;
         // SAFETY: waits on a static word.
-        let result =
-            unsafe { libc::syscall(libc::SYS_futex, &FUTEX, libc::FUTEX_WAIT, 0, &timeout, 0, 0) };
+        let result = unsafe { libc::syscall(libc::SYS_futex, &FUTEX, wait, 0, &TIMESPEC, 0, 0) };
         result == -1 && errno() == libc::ETIMEDOUT
-    });
-    waiter(2, "epoll_wait", move || {
+    }),
+    ("epoll_wait", || {
         // SAFETY: plain descriptors; the kernel writes one event at most.
         unsafe {
             let epoll = libc::epoll_create1(0);
             let mut event: libc::epoll_event = std::mem::zeroed();
-            // One more than the timeout in milliseconds, which epoll rounds.
-            let result = libc::epoll_wait(epoll, &mut event, 1, TIMEOUT.as_millis() as i32 + 1);
-            let error = std::io::Error::last_os_error();
-            libc::close(epoll);
-            if result < 0 {
-                libc::__errno_location().write(error.raw_os_error().unwrap());
-            }
+            let result = libc::epoll_wait(epoll, &mut event, 1, TIMEOUT_MS);
+            close_all(&[epoll]);
             result == 0
         }
-    });
-    waiter(3, "poll", move || {
-        // SAFETY: no descriptors at all.
-        unsafe { libc::poll(ptr::null_mut(), 0, TIMEOUT.as_millis() as i32 + 1) == 0 }
-    });
-    waiter(4, "ppoll", move || {
-        let mut timeout = timeout;
-        // SAFETY: no descriptors at all; the kernel updates the local timespec.
+    }),
+    ("epoll_pwait", || {
+        // SAFETY: plain descriptors and local structures.
         unsafe {
-            libc::syscall(
-                libc::SYS_ppoll,
-                ptr::null_mut::<u8>(),
-                0,
-                &mut timeout,
-                ptr::null::<u8>(),
-                8,
-            ) == 0
+            let epoll = libc::epoll_create1(0);
+            let mut event: libc::epoll_event = std::mem::zeroed();
+            let mut mask: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&mut mask);
+            let result = libc::epoll_pwait(epoll, &mut event, 1, TIMEOUT_MS, &mask);
+            close_all(&[epoll]);
+            result == 0
         }
-    });
-    waiter(5, "recv with a timeout", move || {
+    }),
+    ("poll", || {
+        // SAFETY: no descriptors at all.
+        unsafe { libc::poll(ptr::null_mut(), 0, TIMEOUT_MS) == 0 }
+    }),
+    ("ppoll", || {
+        let mut timeout = TIMESPEC;
+        // SAFETY: no descriptors at all; the kernel updates the local timespec.
+        unsafe { libc::syscall(libc::SYS_ppoll, 0, 0, &mut timeout, 0, 8) == 0 }
+    }),
+    ("select", || {
+        let mut timeout = libc::timeval { tv_sec: 0, tv_usec: TIMEOUT.as_micros() as i64 };
+        let none = ptr::null_mut();
+        // SAFETY: no descriptors at all; the kernel updates the local timeval.
+        unsafe { libc::select(0, none, none, none, &mut timeout) == 0 }
+    }),
+    ("rt_sigtimedwait", || {
+        // SAFETY: local structures.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigaddset(&mut set, libc::SIGUSR2);
+            libc::sigtimedwait(&set, ptr::null_mut(), &TIMESPEC) == -1 && errno() == libc::EAGAIN
+        }
+    }),
+    ("read with a timeout", || {
         // SAFETY: plain descriptors and local structures.
         unsafe {
             let mut pair = [0; 2];
             libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM, 0, pair.as_mut_ptr());
             let limit = libc::timeval { tv_sec: 0, tv_usec: TIMEOUT.as_micros() as i64 };
-            libc::setsockopt(
-                pair[0],
-                libc::SOL_SOCKET,
-                libc::SO_RCVTIMEO,
-                ptr::from_ref(&limit).cast(),
-                size_of_val(&limit) as u32,
-            );
+            let (option, size) = (ptr::from_ref(&limit).cast(), size_of_val(&limit) as u32);
+            libc::setsockopt(pair[0], libc::SOL_SOCKET, libc::SO_RCVTIMEO, option, size);
             let mut byte = 0u8;
             let result = libc::read(pair[0], ptr::from_mut(&mut byte).cast(), 1);
-            let error = errno();
-            libc::close(pair[0]);
-            libc::close(pair[1]);
-            libc::__errno_location().write(error);
-            result == -1 && error == libc::EAGAIN
+            close_all(&pair);
+            result == -1 && errno() == libc::EAGAIN
         }
-    });
+    }),
+];
+
+static WAIT_ERRORS: AtomicU32 = AtomicU32::new(0);
+static WAIT_ERROR: std::sync::Mutex<String> = std::sync::Mutex::new(String::new());
+static WAIT_ROUNDS: [AtomicU64; WAITS.len()] = [const { AtomicU64::new(0) }; WAITS.len()];
+static FUTEX: AtomicU32 = AtomicU32::new(0);
+
+fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap()
 }
 
-/// Answers how many waits ended, and whether all ended right.
-fn waits() {
-    start_waiters();
-    serve(|_| match waiters_verdict() {
-        Some(error) => error,
-        None => {
-            let rounds: Vec<_> =
-                WAITER_ROUNDS.iter().map(|round| round.load(Ordering::Relaxed)).collect();
-            format!("{rounds:?}")
+/// Closes descriptors and leaves the error of the call before alone.
+fn close_all(descriptors: &[i32]) {
+    let error = errno();
+    // SAFETY: descriptors of the caller's, and this thread's own variable.
+    unsafe {
+        for fd in descriptors {
+            libc::close(*fd);
         }
-    });
+        libc::__errno_location().write(error);
+    }
+}
+
+/// Waits over and over; every result other than a timeout that is not early is an error.
+fn wait_for_ever(index: usize) {
+    let (name, wait) = WAITS[index];
+    loop {
+        let start = Instant::now();
+        let right = wait();
+        if !right || start.elapsed() < TIMEOUT {
+            let error = std::io::Error::last_os_error();
+            if WAIT_ERRORS.fetch_add(1, Ordering::Relaxed) == 0 {
+                let what = if right { "early".to_owned() } else { error.to_string() };
+                *WAIT_ERROR.lock().unwrap() = format!("{name}: {what}");
+            }
+        }
+        WAIT_ROUNDS[index].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn waits_verdict() -> Option<String> {
+    match WAIT_ERRORS.load(Ordering::Relaxed) {
+        0 => None,
+        count => Some(format!("{count} wrong waits: {}", WAIT_ERROR.lock().unwrap())),
+    }
+}
+
+fn start_waits() {
+    for index in 0..WAITS.len() {
+        std::thread::spawn(move || wait_for_ever(index));
+    }
+}
+
+/// All waits on threads of their own, or one of them on the main thread, on which injected calls
+/// run. Answers how many ended, and whether all ended right.
+fn waits(only: Option<usize>) {
+    let serve = move || {
+        serve(|_| {
+            let rounds = |index: &usize| WAIT_ROUNDS[*index].load(Ordering::Relaxed);
+            let indices = 0..WAITS.len();
+            let fewest = indices.filter(|index| only.is_none_or(|only| only == *index));
+            let fewest = fewest.map(|index| rounds(&index)).min().unwrap();
+            waits_verdict().unwrap_or(fewest.to_string())
+        });
+        std::process::exit(0);
+    };
+    match only {
+        None => {
+            start_waits();
+            serve();
+        }
+        Some(index) => {
+            std::thread::spawn(serve);
+            wait_for_ever(index);
+        }
+    }
+}
+
+/// Waits in sigsuspend, on the main thread, for a signal that is blocked otherwise.
+fn suspended() {
+    // SAFETY: local structures; the handler does nothing but add to an atomic.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = count_signal as *const () as usize;
+        libc::sigaction(libc::SIGUSR1, &action, ptr::null_mut());
+        let mut blocked: libc::sigset_t = std::mem::zeroed();
+        libc::sigaddset(&mut blocked, libc::SIGUSR1);
+        libc::sigprocmask(libc::SIG_BLOCK, &blocked, ptr::null_mut());
+        let none: libc::sigset_t = std::mem::zeroed();
+        say("ready");
+        loop {
+            let result = libc::sigsuspend(&none);
+            let mut mask: libc::sigset_t = std::mem::zeroed();
+            libc::sigprocmask(libc::SIG_BLOCK, ptr::null(), &mut mask);
+            let blocked = libc::sigismember(&mask, libc::SIGUSR1) == 1;
+            let right = result == -1 && errno() == libc::EINTR && blocked;
+            say(&format!("{} {right}", SIGNALS.load(Ordering::Relaxed)));
+        }
+    }
 }
 
 /// A filter that kills on every call that the program itself does not make.
