@@ -92,7 +92,7 @@ fn operate(shared: &Shared, entry: &Entry, new_base: bool) -> Result<DedupReport
 }
 
 /// Memory that is still on its way back since the last restore comes back first.
-fn bring_all_back(shared: &Shared, entry: &Entry) -> Result<(), DedupFailure> {
+pub(crate) fn bring_all_back(shared: &Shared, entry: &Entry) -> Result<(), DedupFailure> {
     let warm = |reason: String| DedupFailure::StaysWarm { reason, lasting: false };
     match &*entry.dedup.lock() {
         None => return Ok(()),
@@ -108,7 +108,7 @@ fn bring_all_back(shared: &Shared, entry: &Entry) -> Result<(), DedupFailure> {
 }
 
 /// A sandbox's processes as a group that can be frozen.
-struct Group<'a>(&'a Cgroup);
+pub(crate) struct Group<'a>(pub(crate) &'a Cgroup);
 
 impl Freezer for Group<'_> {
     fn freeze(&mut self) -> io::Result<()> {

@@ -10,6 +10,7 @@
 pub mod api;
 mod config;
 mod dedup;
+mod inspect;
 mod local;
 mod recovery;
 mod runtimes;
@@ -21,5 +22,6 @@ pub use api::{
     RestoreReport, StartFailure,
 };
 pub use config::{DedupConfig, NodeConfig};
+pub use inspect::InspectError;
 pub use local::{Node, NodeError};
 pub use runtimes::{RuntimeRecord, Runtimes};
