@@ -277,8 +277,11 @@ impl<N: NodeApi> Inner<N> {
 
     async fn forget(self: Arc<Self>, deployed: Arc<Deployed>) {
         let name = deployed.spec.name.clone();
-        self.guarded(move |inner| async move { inner.node.forget_function(&deployed.spec).await })
-            .await;
+        let replaced = self.with(|t, _| t.function(&name)).is_some();
+        self.guarded(move |inner| async move {
+            inner.node.forget_function(&deployed.spec, replaced).await;
+        })
+        .await;
         if let Err(e) = self.clean_up_code().await {
             tracing::warn!(function = %name, error = %e, "outdated code remains on disk");
         }

@@ -370,8 +370,12 @@ impl NodeApi for FakeNode {
         vec!["fake".into(), "python3.11".into()]
     }
 
-    async fn forget_function(&self, function: &FunctionSpec) {
-        self.state.lock().forgotten.push(function.id);
+    async fn forget_function(&self, function: &FunctionSpec, replaced: bool) {
+        let mut state = self.state.lock();
+        state.forgotten.push(function.id);
+        if !replaced {
+            state.logs.remove(function.name.as_str());
+        }
     }
 
     async fn logs_tail(&self, function: &FunctionSpec, bytes: usize) -> (String, u64) {

@@ -194,9 +194,13 @@ pub trait NodeApi: Send + Sync + 'static {
     /// The names of the runtimes that are installed, such as `python3.11`.
     fn runtimes(&self) -> Vec<String>;
 
-    /// Drops what the node keeps for a function that is no more: base snapshots that nobody
-    /// refers to, logs.
-    fn forget_function(&self, function: &FunctionSpec) -> impl Future<Output = ()> + Send;
+    /// Drops what the node keeps for a version of a function that is no more: base snapshots that
+    /// nobody refers to, and the function's log unless another version has `replaced` this one.
+    fn forget_function(
+        &self,
+        function: &FunctionSpec,
+        replaced: bool,
+    ) -> impl Future<Output = ()> + Send;
 
     /// The newest log lines of a function, oldest first, at most `bytes` of them, and a position
     /// from which [`NodeApi::logs_after`] goes on.

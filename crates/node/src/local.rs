@@ -22,6 +22,7 @@ use crate::api::{
     DedupFailure, DedupReport, Invocation, NodeApi, NodeEvent, NodeMemory, Outcome, RestoreFailure,
     RestoreReport, StartFailure,
 };
+use crate::bases::{self, Unused};
 use crate::config::NodeConfig;
 use crate::dedup;
 use crate::recovery::{self, InstanceLock};
@@ -75,6 +76,7 @@ pub(crate) struct Shared {
     pub(crate) registry: LocalRegistry,
     pub(crate) table: Table,
     pub(crate) fingerprints: medes_pages::FingerprintConfig,
+    pub(crate) unused: Unused,
     root: CgroupRoot,
     runtimes: Runtimes,
     keeper: RwLock<Keeper>,
@@ -108,6 +110,7 @@ impl Node {
             runtimes: Runtimes::below(&config.data_dir),
             registry: LocalRegistry::new(RegistryConfig::default()),
             table: Table::default(),
+            unused: Unused::default(),
             keeper: RwLock::new(keeper),
             closing: false.into(),
             config,
@@ -118,6 +121,8 @@ impl Node {
             _lock: lock,
         });
         tokio::spawn(listen(Arc::clone(&shared), ended));
+        let idle = Duration::from_millis(shared.config.dedup.base_idle_ms);
+        tokio::spawn(bases::sweep(Arc::downgrade(&shared), idle));
         Ok((Self { shared }, received))
     }
 
@@ -505,14 +510,14 @@ impl NodeApi for Node {
         self.shared.runtimes.names()
     }
 
-    async fn forget_function(&self, function: &FunctionSpec) {
+    async fn forget_function(&self, function: &FunctionSpec, replaced: bool) {
         for snapshot in self.shared.store.snapshots_of(function.domain, function.id) {
             let id = snapshot.id();
             drop(snapshot);
-            if let Err(error) = self.shared.registry.remove(id) {
-                tracing::warn!(%error, snapshot = %id, "removing a snapshot's fingerprints");
-            }
-            self.shared.store.retire_snapshot(id);
+            self.shared.drop_base(id);
+        }
+        if replaced {
+            return;
         }
         let logs = self.shared.log_directory(function);
         if let Err(error) = std::fs::remove_dir_all(&logs)
