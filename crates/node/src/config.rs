@@ -46,10 +46,12 @@ pub struct DedupConfig {
     pub chunk_size: u16,
     /// Threads that encode pages.
     pub workers: usize,
+    /// How long a base snapshot that nobody refers to is kept, milliseconds.
+    pub base_idle_ms: u64,
 }
 
 impl Default for DedupConfig {
     fn default() -> Self {
-        Self { cardinality: 5, chunk_size: 64, workers: 1 }
+        Self { cardinality: 5, chunk_size: 64, workers: 1, base_idle_ms: 900_000 }
     }
 }

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use medes_agent::dedup::{DedupError, Holder, Options, Subject, dedup};
+use medes_agent::dedup::{DedupError, Hindrance, Holder, Options, Subject, dedup};
 use medes_core::SandboxId;
 use medes_keeper::Keeper;
 use medes_keeper::protocol::{Command, Reply};
 use medes_memory::session::Freezer;
 use medes_registry::{Near, Scope};
 use medes_sandbox::Cgroup;
-use medes_store::ImageHandle;
+use medes_store::{ImageHandle, StoreError};
 use tokio::sync::oneshot;
 
 use crate::api::{DedupFailure, DedupReport};
@@ -61,9 +61,20 @@ fn operate(shared: &Shared, entry: &Entry, new_base: bool) -> Result<DedupReport
         new_base,
     };
     let holder = KeeperHolds { keeper: shared.keeper(), sandbox: entry.id };
-    let group = Group(&entry.cgroup);
-    let result =
-        dedup(group, &shared.store, &shared.registry, subject, options, &holder, &entry.cancel);
+    let attempt = || {
+        let (store, registry) = (&shared.store, &shared.registry);
+        let group = Group(&entry.cgroup);
+        dedup(group, store, registry, subject, options, &holder, &entry.cancel)
+    };
+    let result = match attempt() {
+        // What nobody uses gives way.
+        Err(DedupError::StaysWarm(Hindrance::Store(StoreError::Full(_))))
+            if shared.make_room(entry.function) > 0 =>
+        {
+            attempt()
+        }
+        result => result,
+    };
     let done = result.map_err(|error| match error {
         DedupError::Cancelled => DedupFailure::Cancelled,
         DedupError::StaysWarm(why) => {

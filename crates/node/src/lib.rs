@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod bases;
 mod config;
 mod dedup;
 mod inspect;

@@ -501,7 +501,7 @@ impl NodeApi for Node {
                 .sum(),
             base: store.snapshots,
             patches: store.images,
-            registry: self.shared.registry.stats().bytes as u64 + store.index,
+            registry: self.shared.registry.stats().bytes + store.index,
             budget: self.shared.config.memory_budget,
         }
     }

@@ -300,6 +300,16 @@ impl Store {
         found
     }
 
+    /// The base snapshots that no image refers to, with their functions, oldest first.
+    #[must_use]
+    pub fn unreferenced(&self) -> Vec<(SnapshotId, FunctionId)> {
+        let inner = self.inner.lock();
+        let unused = inner.snapshots.values().filter(|e| !e.retired && e.images == 0);
+        let mut found: Vec<_> = unused.map(|e| (e.snapshot.id, e.snapshot.function)).collect();
+        found.sort_unstable();
+        found
+    }
+
     /// How many images refer to a snapshot.
     #[must_use]
     pub fn references(&self, id: SnapshotId) -> u32 {
