@@ -3,7 +3,7 @@
 use zstd::zstd_safe::{CCtx, CompressionLevel};
 
 use crate::delta::DeltaEncoder;
-use crate::patch::{MAX_PATCH_SIZE, ZSTD_MAGIC};
+use crate::patch::{MAX_PATCH_SIZE, ZSTD_MAGIC, is_raw_content};
 use crate::relocation::Relocation;
 use crate::{Encoding, PAGE_SIZE, Page, is_zero, word_runs};
 
@@ -11,15 +11,11 @@ use crate::{Encoding, PAGE_SIZE, Page, is_zero, word_runs};
 const LEVEL: CompressionLevel = 1;
 
 /// A patch of this size can't be improved enough to be worth the time of another try.
-const SMALL: usize = 64;
+const SMALL: usize = 96;
 
-/// Compression without the base is tried only if the best patch with it is larger: a base that is
+/// Compression without the base is tried only if the best patch with it costs more: a base that is
 /// any good beats it.
-const POOR: usize = 512;
-
-/// What begins a dictionary with tables for zstd. A base page that looks like one is not used as a
-/// dictionary, because it would not be taken for raw content.
-const ZSTD_DICTIONARY_MAGIC: [u8; 4] = 0xec30_a437_u32.to_le_bytes();
+const POOR: usize = 1024;
 
 /// Bytes that an encoding has to save over word runs for its decoding time, at `price` bytes a
 /// microsecond. The times are measured, on pages that are in the cache.
@@ -130,7 +126,7 @@ impl Encoder {
                     word_runs::encode(page, base, limit, &mut self.trial).is_some()
                 }
                 Encoding::Delta => self.delta.encode(page, base, limit, &mut self.trial).is_some(),
-                _ if base.starts_with(&ZSTD_DICTIONARY_MAGIC) => false,
+                _ if !is_raw_content(base) => false,
                 _ => {
                     let compressed =
                         self.zstd.compress_using_dict(&mut self.frame[..], page, base, LEVEL);

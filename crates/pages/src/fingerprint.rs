@@ -323,7 +323,7 @@ impl<const K: usize> Smallest<K> {
 }
 
 fn sample<const K: usize, const CHUNK: usize>(page: &Page) -> Fingerprint {
-    // All cache lines at once: waiting for them one after the other takes three times as long.
+    // Asks for all cache lines at once: a tenth faster where the page is not in the cache.
     std::hint::black_box(page.iter().step_by(64).fold(0, |any, byte| any | byte));
     let page = &without_pointers(page);
     let mut smallest = Smallest([u64::MAX; K]);

@@ -29,6 +29,12 @@ pub const MAX_PATCH_SIZE: usize = 1 + PAGE_SIZE;
 /// The first four bytes of every zstd frame, which patches leave out.
 pub(crate) const ZSTD_MAGIC: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
 
+/// Whether zstd takes the page for a dictionary of raw content, and not for one with tables, which
+/// it would parse. No patch uses a page that it doesn't.
+pub(crate) fn is_raw_content(base: &Page) -> bool {
+    !base.starts_with(&0xec30_a437_u32.to_le_bytes())
+}
+
 const VERSION: u8 = 1;
 const RELOCATED: u8 = 1 << 3;
 
@@ -220,6 +226,7 @@ impl Decoder {
         match encoding {
             Encoding::WordRuns => word_runs::decode(body, out),
             Encoding::Delta => delta::decode(body, base, out),
+            Encoding::DictCompressed if !is_raw_content(base) => Err(DecodeError::Compression),
             Encoding::DictCompressed => {
                 let frame = frame(&mut self.buffers.frame, body)?;
                 let written = self.zstd.decompress_using_dict(&mut out[..], frame, base);

@@ -6,7 +6,7 @@
 //! distance to each word of the base page that lies in a region, whatever the word is; where that
 //! is wrong, the patch of the relocated base corrects it, as any other difference.
 
-use crate::bytes::{Reader, WORDS, push_number, words, words_mut};
+use crate::bytes::{Reader, push_number, words, words_mut};
 use crate::{DecodeError, PAGE_SIZE, Page};
 
 /// More regions than this hardly ever pay for themselves within one page.
@@ -154,5 +154,3 @@ impl Relocation {
 fn is_pointer(word: u64) -> bool {
     word >> 47 == 0 && word >> 32 != 0
 }
-
-const _: () = assert!(WORDS <= u32::MAX as usize);
