@@ -681,16 +681,16 @@ fn table<'e>(
                     match source {
                         // A private copy of file content can't come back by itself.
                         PageSource::Zero if mapping.file => {
-                            runs.patch(address, true, PatchUse { length: 0, base: None });
+                            runs.patch(address, true, PatchUse { length: 0, check: 0, base: None });
                         }
                         PageSource::Zero => {}
                         PageSource::Base(at) => {
                             let (snapshot, page) = name(at)?;
                             runs.base(address, mapping.file, snapshot, page);
                         }
-                        PageSource::Patch { length, base } => {
+                        PageSource::Patch { length, check, base } => {
                             let base = base.map(&mut name).transpose()?;
-                            runs.patch(address, mapping.file, PatchUse { length, base });
+                            runs.patch(address, mapping.file, PatchUse { length, check, base });
                             patches.push(patch);
                         }
                     }

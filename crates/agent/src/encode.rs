@@ -21,6 +21,8 @@ use medes_pages::{
 use medes_registry::{Candidate, Near, Registry, RegistryError, Scope};
 use medes_store::{Snapshot, Store};
 
+use crate::image::check;
+
 /// A page that differs from its neighbour in time in at most this many of its 512 words gets a
 /// patch against it without a look at the registry: nothing found there would be much smaller.
 const FEW_WORDS: usize = 32;
@@ -36,6 +38,8 @@ pub enum PageSource {
     Patch {
         /// The patch's length, bytes.
         length: u16,
+        /// The page's checksum ([`check`]).
+        check: u32,
         /// The base page that the patch is against, if any.
         base: Option<PageRef>,
     },
@@ -127,7 +131,7 @@ impl<'a> PageEncoder<'a> {
                 self.fingerprints.push(self.fingerprinter.fingerprint(page));
             }
             // Patched pages are settled below, in order, so that patches are too.
-            sources.push(settled.unwrap_or(PageSource::Patch { length: 0, base: None }));
+            sources.push(settled.unwrap_or(PageSource::Patch { length: 0, check: 0, base: None }));
         }
         let Bases { registry, domain, near, scope, .. } = self.bases;
         registry.lookup_within(domain, near, scope, &self.fingerprints, &mut self.candidates)?;
@@ -170,7 +174,7 @@ impl<'a> PageEncoder<'a> {
         if let Some((words, at)) = nearest
             && words <= FEW_WORDS
         {
-            return Ok(PageSource::Patch { length: 0, base: Some(at) });
+            return Ok(PageSource::Patch { length: 0, check: 0, base: Some(at) });
         }
         if let Some(at) = self.bases.store.equal_page(self.bases.domain, page)
             && self.is_allowed(at)
@@ -216,7 +220,7 @@ impl<'a> PageEncoder<'a> {
         if *self.decoded != *page {
             return Err(EncodeError::Differs);
         }
-        Ok(PageSource::Patch { length: patch.len() as u16, base })
+        Ok(PageSource::Patch { length: patch.len() as u16, check: check(page), base })
     }
 
     /// The content of a base page, if it is on this node and still there. Its snapshot is held

@@ -13,11 +13,11 @@
 //! snapshot's own table, so that it can be read without asking anybody.
 
 use medes_core::SnapshotId;
-use medes_pages::PAGE_SIZE;
+use medes_pages::{PAGE_SIZE, Page};
 use medes_store::Extent;
 use serde::{Deserialize, Serialize};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"medesim1");
+const MAGIC: u64 = u64::from_le_bytes(*b"medesim2");
 const HEAD: usize = 12;
 
 /// An image that can't be read. It is never used in part
@@ -92,8 +92,17 @@ pub enum Source {
 pub struct PatchUse {
     /// Its length, bytes. A page of zeros that has to be put back has no patch: length 0.
     pub length: u16,
+    /// What [`check`] says of the page that it decodes to.
+    pub check: u32,
     /// Its base page, (index in [`Table::snapshots`], page), if it has one.
     pub base: Option<(u16, u32)>,
+}
+
+/// A checksum of a page's content: a patch or a base page that has changed since it was stored is
+/// found out before a process sees it.
+#[must_use]
+pub fn check(page: &Page) -> u32 {
+    xxhash_rust::xxh3::xxh3_64(page) as u32
 }
 
 impl Run {
@@ -264,9 +273,9 @@ mod tests {
         builder.base(5 * PAGE, false, 0, 99);
         builder.border();
         builder.base(6 * PAGE, false, 0, 100);
-        builder.patch(7 * PAGE, false, PatchUse { length: 3, base: None });
-        builder.patch(8 * PAGE, false, PatchUse { length: 2, base: Some((0, 4)) });
-        builder.patch(9 * PAGE, true, PatchUse { length: 2, base: None });
+        builder.patch(7 * PAGE, false, PatchUse { length: 3, check: 1, base: None });
+        builder.patch(8 * PAGE, false, PatchUse { length: 2, check: 2, base: Some((0, 4)) });
+        builder.patch(9 * PAGE, true, PatchUse { length: 2, check: 3, base: None });
         let runs = builder.finish();
         let shape: Vec<(u64, u32)> = runs.iter().map(|r| (r.address / PAGE, r.pages())).collect();
         assert_eq!(shape, [(1, 4), (5, 1), (6, 1), (7, 2), (9, 1)]);
@@ -293,7 +302,7 @@ mod tests {
         let overlapping = vec![run(PAGE, 0), run(2 * PAGE, 0)];
         assert_eq!(refused(overlapping), ImageError::Broken("runs out of order"));
         assert_eq!(refused(vec![run(u64::MAX - PAGE + 1, 0)]), ImageError::Broken("address"));
-        assert_eq!(Table::decode(b"medesim1"), Err(ImageError::NotAnImage));
+        assert_eq!(Table::decode(b"medesim2"), Err(ImageError::NotAnImage));
     }
 
     proptest! {
@@ -305,7 +314,7 @@ mod tests {
             let mut builder = RunBuilder::default();
             for n in 0..20u64 {
                 builder.base(n * PAGE, false, 0, n as u32 * 3);
-                builder.patch((n + 100) * PAGE, false, PatchUse { length: 1, base: None });
+                builder.patch((n + 100) * PAGE, false, PatchUse { length: 1, check: 4, base: None });
             }
             // Out of order on purpose in part: only that nothing panics is asked here.
             let mut bytes = table(builder.finish()).encode();

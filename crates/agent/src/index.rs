@@ -6,7 +6,7 @@ use std::sync::Arc;
 use medes_pages::{Decoder, PAGE_SIZE, Page};
 use medes_store::{Extent, SnapshotRecord, View};
 
-use crate::image::{ImageError, PatchUse, Source, Table};
+use crate::image::{ImageError, PatchUse, Source, Table, check};
 use crate::restore::RestoreError;
 
 /// An image, its table decoded and checked, every base page that it names known to be there.
@@ -148,7 +148,11 @@ impl ImageIndex {
             .split_at_checked(usize::from(patch.length))
             .ok_or(ImageError::Broken("patches beyond the end"))?;
         *patches = rest;
-        Ok(decoder.decode(bytes, base, page)?)
+        decoder.decode(bytes, base, page)?;
+        if check(page) != patch.check {
+            return Err(RestoreError::Corrupt);
+        }
+        Ok(())
     }
 
     /// Calls `found` for base pages `from` to `to` in pieces that lie in one piece in the file.

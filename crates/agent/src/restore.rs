@@ -45,6 +45,9 @@ pub enum RestoreError {
     /// A patch does not decode.
     #[error("a patch does not decode: {0}")]
     Patch(#[from] DecodeError),
+    /// A patch, or its base page, is not what it was when it was stored.
+    #[error("a page decodes to other content than it was made from: the page store is corrupt")]
+    Corrupt,
     /// The image has another number of processes than there are userfaultfds.
     #[error("{descriptors} userfaultfds for {processes} processes")]
     Descriptors {

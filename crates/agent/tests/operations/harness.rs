@@ -1,0 +1,222 @@
+//! A live process to work on, in a cgroup of its own, and a holder in this process.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use medes_agent::dedup::{DedupError, Deduplicated, Holder, Options, Subject, dedup};
+use medes_agent::restore::{HeldImage, RestoreBuffers, RestoreError, Revived, Served};
+use medes_core::{DomainId, FunctionId, NodeId};
+use medes_memory::session::{Freezer, on_tracer_thread};
+use medes_pages::FingerprintConfig;
+use medes_registry::{Near, Registry, Scope};
+use medes_sandbox::{Cgroup, CgroupRoot, Resources};
+use medes_store::{ImageHandle, Store, View};
+
+pub const FUNCTION: FunctionId = FunctionId(5);
+
+/// A running subject.
+pub struct Target {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    root: CgroupRoot,
+    pub cgroup: Cgroup,
+    requests: u32,
+}
+
+impl Target {
+    pub fn start(seed: u32) -> Self {
+        static COUNTER: AtomicU32 = AtomicU32::new(0);
+        let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let root = CgroupRoot::new(&format!("medes-agenttest-{}-{number}", std::process::id()));
+        let root = root.expect("cgroups; run as root");
+        let resources =
+            Resources { memory_limit_bytes: 1 << 30, pids_max: 64, cpu_millicores: None };
+        let cgroup = root.create("subject", &resources).expect("a cgroup");
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/operations/subject.py");
+        let mut child = Command::new("python3")
+            .args([script, &seed.to_string()])
+            .env("PYTHONHASHSEED", "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3");
+        let procs = cgroup.path().join("cgroup.procs");
+        std::fs::write(procs, child.id().to_string()).expect("moves");
+        let input = child.stdin.take().expect("piped");
+        let mut output = BufReader::new(child.stdout.take().expect("piped"));
+        let mut line = String::new();
+        output.read_line(&mut line).expect("reads");
+        assert_eq!(line, "ready\n");
+        Self { child, input, output, root, cgroup, requests: 0 }
+    }
+
+    /// Asks the subject whether its memory is as it has to be, and its thread alive.
+    pub fn check(&mut self) {
+        self.send();
+        self.answer();
+    }
+
+    pub fn send(&mut self) {
+        self.input.write_all(b"?\n").expect("takes a request");
+        self.requests += 1;
+    }
+
+    pub fn answer(&mut self) {
+        let mut line = String::new();
+        self.output.read_line(&mut line).expect("answers");
+        assert_eq!(line, format!("{} right alive\n", self.requests));
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().expect("dies");
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let limit = Duration::from_secs(10);
+        let _ = self.cgroup.kill(limit);
+        let _ = self.child.wait();
+        self.cgroup.remove(limit).expect("an empty cgroup");
+        self.root.remove().expect("an empty root");
+    }
+}
+
+pub struct Group<'a>(pub &'a Cgroup);
+
+impl Freezer for Group<'_> {
+    fn freeze(&mut self) -> io::Result<()> {
+        self.0.freeze(Duration::from_secs(5)).map_err(io::Error::other)
+    }
+
+    fn thaw(&mut self) -> io::Result<()> {
+        self.0.thaw().map_err(io::Error::other)
+    }
+
+    fn processes(&mut self) -> io::Result<Vec<i32>> {
+        self.0.processes().map_err(io::Error::other)
+    }
+}
+
+/// A node without the rest: store, registry, and who holds images.
+pub struct Bench {
+    pub store: Store,
+    pub registry: Box<dyn Registry>,
+    pub cancel: AtomicBool,
+    pub held: Mutex<Option<HeldImage>>,
+    /// Runs when an image is to be held; an error refuses.
+    pub on_hold: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
+}
+
+impl Bench {
+    pub fn new(capacity: u64, registry: impl Registry + 'static) -> Self {
+        Self {
+            store: Store::create(NodeId(0), capacity).expect("a store"),
+            registry: Box::new(registry),
+            cancel: AtomicBool::new(false),
+            held: Mutex::new(None),
+            on_hold: Box::new(|| Ok(())),
+        }
+    }
+
+    pub fn view(&self) -> Arc<View> {
+        let fd = self.store.memory().descriptor().try_clone_to_owned().expect("a descriptor");
+        Arc::new(View::open(fd).expect("maps"))
+    }
+
+    pub fn dedup(&self, target: &Target, new_base: bool) -> Result<Deduplicated, DedupError> {
+        let subject = Subject {
+            domain: DomainId(1),
+            function: FUNCTION,
+            near: Near { node: NodeId(0), function: FUNCTION },
+            scope: Scope::Any,
+        };
+        let options = Options { fingerprints: FingerprintConfig::default(), workers: 2, new_base };
+        on_tracer_thread(|| {
+            let group = Group(&target.cgroup);
+            dedup(group, &self.store, &*self.registry, subject, options, self, &self.cancel)
+        })
+    }
+
+    /// Lets the target run with none of its anonymous memory but what it touches, which comes
+    /// back as it does, while `meanwhile` runs; then brings everything back.
+    pub fn restore(&self, target: &mut Target, meanwhile: impl FnOnce(&mut Target)) -> u64 {
+        let image = self.held.lock().unwrap().take().expect("an image is held");
+        let mut buffers = RestoreBuffers::default();
+        let revived = image.revive(&[], &mut buffers).expect("revives");
+        target.cgroup.thaw().expect("thaws");
+        let faults = serve_while(&revived, || meanwhile(target));
+        finish(&revived);
+        faults
+    }
+
+    /// Nothing may be left in the store but base snapshots.
+    pub fn assert_no_images(&self) {
+        let usage = self.store.usage();
+        assert_eq!((usage.images, usage.image_count), (0, 0), "images are left");
+    }
+
+    pub fn give_back(&self, done: Deduplicated) {
+        drop(done.userfaults);
+        self.store.remove_image(done.image);
+        self.assert_no_images();
+    }
+}
+
+/// Serves faults on a thread of its own while `work` runs; returns how many there were.
+pub fn serve_while(revived: &Revived, work: impl FnOnce()) -> u64 {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            let mut buffers = RestoreBuffers::default();
+            let mut faults = 0;
+            while !stop.load(Ordering::Acquire) {
+                for space in &revived.spaces {
+                    let mut served = Served::default();
+                    space.serve(1, &mut buffers, &mut served).expect("serves");
+                    faults += served.faults;
+                }
+                std::thread::yield_now();
+            }
+            faults
+        });
+        work();
+        stop.store(true, Ordering::Release);
+        server.join().expect("served")
+    })
+}
+
+pub fn finish(revived: &Revived) {
+    let mut buffers = RestoreBuffers::default();
+    for space in &revived.spaces {
+        while !space.fill(64, &mut buffers, &mut Served::default()).expect("fills") {}
+    }
+}
+
+impl Holder for Bench {
+    fn hold(&self, image: &ImageHandle, userfaults: &[BorrowedFd<'_>]) -> Result<(), String> {
+        (self.on_hold)()?;
+        let userfaults: io::Result<Vec<OwnedFd>> =
+            userfaults.iter().map(|fd| fd.as_fd().try_clone_to_owned()).collect();
+        let held = HeldImage::open(self.view(), image.extent(), userfaults.expect("descriptors"));
+        *self.held.lock().unwrap() = Some(held.map_err(|e: RestoreError| e.to_string())?);
+        Ok(())
+    }
+
+    fn release(&self) {
+        self.held.lock().unwrap().take();
+    }
+
+    fn put_back(&self) -> Result<(), String> {
+        Err("not in these tests".into())
+    }
+}

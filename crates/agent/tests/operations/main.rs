@@ -1,0 +1,324 @@
+//! Dedup and restore on live processes, with every fault that can be put in between.
+
+mod harness;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
+
+use harness::{Bench, Target, finish};
+use medes_agent::dedup::{DedupError, Hindrance};
+use medes_agent::restore::{RestoreBuffers, RestoreError};
+use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
+use medes_memory::pages::{PageClass, PageRun};
+use medes_memory::writer::write_pages;
+use medes_pages::{Fingerprint, PAGE_SIZE};
+use medes_registry::{
+    Candidate, LocalRegistry, Near, Registry, RegistryConfig, RegistryError, RegistryStats, Scope,
+};
+use medes_store::StoreError;
+
+fn bench() -> Bench {
+    Bench::new(256 << 20, LocalRegistry::new(RegistryConfig::default()))
+}
+
+/// A registry that does something before it answers, or answers what it is told to.
+struct Tampering<F>(LocalRegistry, F);
+
+impl<F> Registry for Tampering<F>
+where
+    F: Fn(&mut Vec<Option<Candidate>>, usize) -> Result<(), RegistryError> + Send + Sync,
+{
+    fn lookup_within(
+        &self,
+        domain: DomainId,
+        near: Near,
+        scope: Scope,
+        fingerprints: &[Fingerprint],
+        out: &mut Vec<Option<Candidate>>,
+    ) -> Result<(), RegistryError> {
+        let first = out.len();
+        self.0.lookup_within(domain, near, scope, fingerprints, out)?;
+        (self.1)(out, first)
+    }
+
+    fn insert(
+        &self,
+        domain: DomainId,
+        function: FunctionId,
+        snapshot: SnapshotId,
+        pages: &[(u32, Fingerprint)],
+    ) -> Result<(), RegistryError> {
+        self.0.insert(domain, function, snapshot, pages)
+    }
+
+    fn remove(&self, snapshot: SnapshotId) -> Result<(), RegistryError> {
+        self.0.remove(snapshot)
+    }
+
+    fn stats(&self) -> RegistryStats {
+        self.0.stats()
+    }
+}
+
+#[test]
+fn memory_comes_back_as_it_was_over_many_cycles() {
+    let bench = bench();
+    let (mut first, mut second) = (Target::start(1), Target::start(2));
+    for cycle in 0..12 {
+        let base = bench.dedup(&first, cycle == 0).expect("deduplicates");
+        bench.restore(&mut first, Target::check);
+        bench.give_back(base);
+        first.check();
+
+        let done = bench.dedup(&second, false).expect("deduplicates");
+        assert!(done.counts.pages > 2000, "{:?}", done.counts);
+        assert!(done.counts.equal + done.counts.patched > 0, "{:?}", done.counts);
+        let faults = bench.restore(&mut second, |t| {
+            t.check();
+            t.check();
+        });
+        assert!(faults > 100, "memory comes back as it is touched: {faults} faults");
+        bench.give_back(done);
+        second.check();
+    }
+}
+
+#[test]
+fn a_single_sandbox_is_its_own_base() {
+    let bench = bench();
+    let mut target = Target::start(3);
+    let done = bench.dedup(&target, true).expect("deduplicates");
+    assert_eq!(done.counts.patched + done.counts.unique, 0);
+    // The snapshot stays though nobody needs it but the image.
+    let id = done.image.snapshots()[0];
+    bench.store.retire_snapshot(id);
+    assert!(bench.store.usage().snapshots > 0);
+    bench.restore(&mut target, Target::check);
+    bench.give_back(done);
+    assert_eq!(bench.store.usage().snapshots, 0);
+    target.check();
+}
+
+#[test]
+fn a_full_store_leaves_the_sandbox_as_it_was() {
+    // Room for no base snapshot, then for a base but not for an image beside it.
+    let bench = Bench::new(64 << 10, LocalRegistry::new(RegistryConfig::default()));
+    let mut target = Target::start(4);
+    for new_base in [true, false] {
+        let full = bench.dedup(&target, new_base);
+        let is_full =
+            matches!(&full, Err(DedupError::StaysWarm(Hindrance::Store(StoreError::Full(_)))));
+        assert!(is_full, "{full:?}");
+        target.check();
+        let usage = bench.store.usage();
+        assert_eq!((usage.images, usage.snapshots), (0, 0), "nothing is left in the store");
+    }
+}
+
+#[test]
+fn a_full_registry_costs_only_what_others_could_have_found() {
+    let tiny = RegistryConfig { max_entries: 10, ..RegistryConfig::default() };
+    let bench = Bench::new(256 << 20, LocalRegistry::new(tiny));
+    let mut target = Target::start(5);
+    let done = bench.dedup(&target, true).expect("deduplicates all the same");
+    assert_eq!(bench.registry.stats().entries, 0, "nothing half entered");
+    bench.restore(&mut target, Target::check);
+    bench.give_back(done);
+    target.check();
+}
+
+#[test]
+fn bases_that_are_gone_or_wrong_cost_only_time() {
+    let next = AtomicI32::new(0);
+    let lies = move |out: &mut Vec<Option<Candidate>>, first: usize| {
+        for answer in &mut out[first..] {
+            let n = next.fetch_add(1, Ordering::Relaxed) as u32;
+            let number = if n.is_multiple_of(2) { 1 } else { 4711 };
+            let snapshot = SnapshotId { node: NodeId(0), number };
+            *answer = Some(Candidate { base: PageRef { snapshot, page: n * 7 }, overlap: 5 });
+        }
+        Ok(())
+    };
+    let bench =
+        Bench::new(256 << 20, Tampering(LocalRegistry::new(RegistryConfig::default()), lies));
+    let (first, mut second) = (Target::start(6), Target::start(7));
+    let base = bench.dedup(&first, true).expect("deduplicates");
+    let done = bench.dedup(&second, false).expect("deduplicates");
+    bench.restore(&mut second, Target::check);
+    bench.store.remove_image(base.image);
+    bench.give_back(done);
+    second.check();
+}
+
+#[test]
+fn a_registry_that_fails_leaves_the_sandbox_as_it_was() {
+    let fails = |_: &mut Vec<Option<Candidate>>, _: usize| {
+        Err(RegistryError::Full { wanted: 1, max_entries: 0 })
+    };
+    let bench =
+        Bench::new(256 << 20, Tampering(LocalRegistry::new(RegistryConfig::default()), fails));
+    let mut target = Target::start(8);
+    let failed = bench.dedup(&target, false);
+    let expected = matches!(&failed, Err(DedupError::StaysWarm(Hindrance::Encode(_))));
+    assert!(expected, "{failed:?}");
+    bench.assert_no_images();
+    target.check();
+}
+
+#[test]
+fn a_page_that_changes_under_the_reader_is_noticed() {
+    let target = Target::start(9);
+    let pid = target.pid();
+    let heap = medes_memory::mappings::Mappings::read(pid).expect("mappings");
+    let heap = heap.iter().find(|m| m.name == "[heap]").expect("a heap").start;
+    let writes = move |_: &mut Vec<Option<Candidate>>, _: usize| {
+        // What a thread would do that the freezer missed, or a peer with rights: here the first
+        // page of the heap is read and written back with one more bit, and later with one less.
+        let mut page = [0u8; PAGE_SIZE];
+        let run = PageRun { start: heap, pages: 1, class: PageClass::Anonymous };
+        medes_memory::reader::read_pages(pid, &[run], &mut page).expect("reads");
+        page[PAGE_SIZE - 1] ^= 1;
+        write_pages(pid, &[run], &page).expect("writes");
+        Ok(())
+    };
+    let bench =
+        Bench::new(256 << 20, Tampering(LocalRegistry::new(RegistryConfig::default()), writes));
+    let changed = bench.dedup(&target, false);
+    let expected = matches!(&changed, Err(DedupError::StaysWarm(Hindrance::Changed)));
+    assert!(expected, "{changed:?}");
+    bench.assert_no_images();
+    assert!(!target.cgroup.is_frozen().expect("a cgroup"));
+}
+
+#[test]
+fn a_sandbox_that_dies_in_the_middle_leaves_nothing() {
+    // While pages are encoded.
+    let pid = Arc::new(AtomicI32::new(0));
+    let victim = Arc::clone(&pid);
+    let kills = move |_: &mut Vec<Option<Candidate>>, _: usize| {
+        let pid = nix::unistd::Pid::from_raw(victim.load(Ordering::Relaxed));
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        std::thread::sleep(Duration::from_millis(50));
+        Ok(())
+    };
+    let bench =
+        Bench::new(256 << 20, Tampering(LocalRegistry::new(RegistryConfig::default()), kills));
+    let target = Target::start(10);
+    pid.store(target.pid(), Ordering::Relaxed);
+    assert!(bench.dedup(&target, false).is_err());
+    bench.assert_no_images();
+
+    // Between taking hold and dropping.
+    let mut bench = self::bench();
+    let target = Target::start(11);
+    let pid = nix::unistd::Pid::from_raw(target.pid());
+    bench.on_hold = Box::new(move || {
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        std::thread::sleep(Duration::from_millis(50));
+        Ok(())
+    });
+    match bench.dedup(&target, true) {
+        // The holder has the image; whoever runs this sees the end and gives it back.
+        Ok(done) => {
+            bench.held.lock().unwrap().take();
+            bench.give_back(done);
+        }
+        Err(_) => {
+            bench.held.lock().unwrap().take();
+        }
+    }
+
+    // In the dedup state.
+    let bench = self::bench();
+    let mut target = Target::start(12);
+    let done = bench.dedup(&target, true).expect("deduplicates");
+    target.kill();
+    std::thread::sleep(Duration::from_millis(50));
+    let image = bench.held.lock().unwrap().take().expect("held");
+    let gone = image.revive(&[], &mut RestoreBuffers::default());
+    if let Ok(revived) = gone {
+        finish(&revived);
+    }
+    bench.give_back(done);
+}
+
+#[test]
+fn a_holder_that_refuses_leaves_the_sandbox_as_it_was() {
+    let mut bench = bench();
+    bench.on_hold = Box::new(|| Err("no".into()));
+    let mut target = Target::start(13);
+    let refused = bench.dedup(&target, true);
+    let expected = matches!(&refused, Err(DedupError::StaysWarm(Hindrance::Holder(_))));
+    assert!(expected, "{refused:?}");
+    bench.assert_no_images();
+    target.check();
+}
+
+#[test]
+fn a_request_cancels_at_any_moment() {
+    let bench = bench();
+    let mut target = Target::start(14);
+    let base = bench.dedup(&target, true).expect("deduplicates");
+    bench.restore(&mut target, Target::check);
+    bench.give_back(base);
+    let mut cancelled = 0;
+    for n in 0..20u64 {
+        let done = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_micros(n * 2500));
+                bench.cancel.store(true, Ordering::Release);
+            });
+            bench.dedup(&target, false)
+        });
+        bench.cancel.store(false, Ordering::Release);
+        match done {
+            Ok(done) => {
+                bench.restore(&mut target, Target::check);
+                bench.give_back(done);
+            }
+            Err(DedupError::Cancelled) => cancelled += 1,
+            Err(other) => panic!("{other}"),
+        }
+        bench.assert_no_images();
+        target.check();
+    }
+    assert!(cancelled > 0);
+}
+
+#[test]
+fn a_corrupt_store_never_reaches_a_process() {
+    use std::os::unix::fs::FileExt;
+    let bench = bench();
+    let (first, mut second) = (Target::start(15), Target::start(16));
+    let base = bench.dedup(&first, true).expect("deduplicates");
+    let done = bench.dedup(&second, false).expect("deduplicates");
+    assert!(done.counts.unique > 0, "{:?}", done.counts);
+    // The last patches of the image are spoilt behind the store's back.
+    let fd = bench.store.memory().descriptor().try_clone_to_owned().expect("a descriptor");
+    let file = std::fs::File::from(fd);
+    let extent = done.image.extent();
+    let middle = (u64::from(extent.start) + u64::from(extent.pages) * 2 / 3) * PAGE_SIZE as u64;
+    let mut bytes = vec![0; PAGE_SIZE * 4];
+    file.read_exact_at(&mut bytes, middle).expect("reads");
+    bytes.iter_mut().for_each(|b| *b ^= 0x5a);
+    file.write_all_at(&bytes, middle).expect("writes");
+
+    let image = bench.held.lock().unwrap().take().expect("held");
+    let revived = image.revive(&[], &mut RestoreBuffers::default()).expect("nothing read yet");
+    let mut buffers = RestoreBuffers::default();
+    let error = loop {
+        let space = &revived.spaces[0];
+        match space.fill(64, &mut buffers, &mut Default::default()) {
+            Ok(false) => {}
+            Ok(true) => panic!("corrupt patches were taken for pages"),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, RestoreError::Patch(_) | RestoreError::Corrupt), "{error}");
+    // It never ran: frozen until it is killed.
+    assert!(second.cgroup.is_frozen().expect("a cgroup"));
+    second.kill();
+    bench.store.remove_image(base.image);
+    bench.give_back(done);
+}

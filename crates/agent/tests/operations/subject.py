@@ -1,0 +1,50 @@
+"""A process whose memory is taken away and brought back: it knows what has to be in it."""
+
+import hashlib
+import random
+import sys
+import threading
+import time
+
+seed = int(sys.argv[1])
+source = random.Random(seed)
+# Alike in all subjects, with a little that is not; and something that is like nothing else.
+common = bytearray(random.Random(0).randbytes(6 << 20))
+for _ in range(200):
+    common[source.randrange(len(common))] = source.randrange(256)
+own = source.randbytes(1 << 20)
+objects = [(n, str(n * seed), {n: seed}) for n in range(20000)]
+ticks = 0
+
+
+def tick():
+    global ticks
+    while True:
+        time.sleep(0.01)
+        ticks += 1
+
+
+threading.Thread(target=tick, daemon=True).start()
+
+
+def digest():
+    h = hashlib.sha256(common)
+    h.update(own)
+    h.update(repr(objects).encode())
+    return h.hexdigest()
+
+
+expected = digest()
+requests = 0
+print("ready", flush=True)
+for line in sys.stdin:
+    requests += 1
+    before = ticks
+    time.sleep(0.03)
+    alive = ticks > before
+    right = digest() == expected
+    # A change in each round, so that no two are alike.
+    at = source.randrange(len(common))
+    common[at] ^= 0xFF
+    expected = digest()
+    print(f"{requests} {'right' if right else 'wrong'} {'alive' if alive else 'stuck'}", flush=True)
