@@ -172,6 +172,10 @@ impl Policy for Adaptive {
         "adaptive"
     }
 
+    fn dedups(&self) -> bool {
+        false
+    }
+
     fn decide(
         &self,
         now_ms: u64,

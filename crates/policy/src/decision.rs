@@ -122,6 +122,11 @@ pub trait Policy: Send + Sync + Debug {
     /// May meet less than the need if there is not enough to take.
     fn evict(&self, idle: &[IdleSandbox], need: Need) -> Vec<Eviction>;
 
+    /// Whether it ever deduplicates a sandbox.
+    fn dedups(&self) -> bool {
+        true
+    }
+
     /// Like [`Policy::evict`], for a caller that has the functions' statistics at hand.
     fn evict_by(
         &self,
@@ -278,6 +283,10 @@ pub struct FixedKeepAlive {
 impl Policy for FixedKeepAlive {
     fn name(&self) -> &'static str {
         "fixed-keep-alive"
+    }
+
+    fn dedups(&self) -> bool {
+        false
     }
 
     fn decide(

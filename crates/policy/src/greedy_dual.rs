@@ -68,6 +68,10 @@ impl Policy for GreedyDual {
         "greedy-dual"
     }
 
+    fn dedups(&self) -> bool {
+        false
+    }
+
     fn decide(
         &self,
         now_ms: u64,

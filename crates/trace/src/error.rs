@@ -25,7 +25,7 @@ pub enum TraceError {
         /// The column of the table, from 1; 0 if the whole line is meant.
         column: usize,
         /// What is wrong.
-        what: What,
+        what: Box<What>,
     },
     /// The file is no trace of a known format.
     #[error(

@@ -58,7 +58,7 @@ impl Table {
     }
 
     pub(crate) fn header_error(&self, column: usize, what: What) -> TraceError {
-        TraceError::Bad { path: self.path.clone(), line: 1, column, what }
+        TraceError::Bad { path: self.path.clone(), line: 1, column, what: Box::new(what) }
     }
 
     /// The next line that is not empty; its fields are as many as the header's.
@@ -66,8 +66,12 @@ impl Table {
         loop {
             self.buffer.clear();
             self.line += 1;
-            let bad =
-                |line, what| TraceError::Bad { path: self.path.clone(), line, column: 0, what };
+            let bad = |line, what| TraceError::Bad {
+                path: self.path.clone(),
+                line,
+                column: 0,
+                what: Box::new(what),
+            };
             if !read_line(&mut self.input, &mut self.buffer).map_err(TraceError::io(&self.path))? {
                 return Ok(None);
             }
@@ -154,7 +158,12 @@ impl Row<'_> {
     }
 
     pub(crate) fn error(&self, column: usize, what: What) -> TraceError {
-        TraceError::Bad { path: self.path.to_owned(), line: self.line, column: column + 1, what }
+        TraceError::Bad {
+            path: self.path.to_owned(),
+            line: self.line,
+            column: column + 1,
+            what: Box::new(what),
+        }
     }
 
     /// A name, never empty.
