@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use medes_controller::{DeployError, HandError, InvokeError};
+use medes_controller::{CodeError, DeployError, HandError, InvokeError};
 use serde_json::json;
 
 /// An error as the native API shows it.
@@ -77,6 +77,14 @@ impl From<DeployError> for ApiError {
             DeployError::StaleRevision(_) => (StatusCode::PRECONDITION_FAILED, "StaleRevision"),
             DeployError::Invalid { .. } => (StatusCode::BAD_REQUEST, "Invalid"),
             DeployError::NoRuntime { .. } => (StatusCode::BAD_REQUEST, "NoRuntime"),
+            DeployError::Code(CodeError::ArchiveTooLarge { .. } | CodeError::TooLarge { .. }) => {
+                (StatusCode::PAYLOAD_TOO_LARGE, "CodeTooLarge")
+            }
+            DeployError::Code(CodeError::Io { source, .. })
+                if source.kind() == std::io::ErrorKind::StorageFull =>
+            {
+                (StatusCode::INSUFFICIENT_STORAGE, "DiskFull")
+            }
             DeployError::Code(_) => (StatusCode::BAD_REQUEST, "BadCode"),
             DeployError::Store(_) => (StatusCode::INTERNAL_SERVER_ERROR, "Store"),
             DeployError::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "ShuttingDown"),

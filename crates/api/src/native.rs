@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
@@ -21,6 +22,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::body::BodyError;
 use crate::error::ApiError;
 
 /// How often a followed log is looked at.
@@ -29,7 +31,11 @@ const FOLLOW_INTERVAL: Duration = Duration::from_millis(200);
 /// What is shown of a log if nothing else is asked for, bytes.
 const LOG_BYTES: usize = 64 << 10;
 
+/// The most that is shown of a log at once, bytes.
+const MOST_LOG_BYTES: usize = 16 << 20;
+
 type Answer = Result<Response, ApiError>;
+type QueryOf<T> = Result<Query<T>, QueryRejection>;
 
 pub(crate) fn routes<N: NodeApi>() -> Router<Controller<N>> {
     Router::new()
@@ -47,16 +53,16 @@ pub(crate) fn routes<N: NodeApi>() -> Router<Controller<N>> {
         .route("/v1/sandboxes/{id}", axum::routing::delete(purge::<N>))
         .route("/v1/sandboxes/{id}/dedup", post(dedup::<N>))
         .route("/v1/sandboxes/{id}/restore", post(restore::<N>))
-        // Each handler has its own limit, which it names in its error.
-        .layer(DefaultBodyLimit::disable())
 }
 
-pub(crate) async fn no_such_route(request: Request) -> Response {
+/// What there is, as an answer to who asks for something else.
+pub(crate) fn no_such_route(method: &Method, path: &str) -> Response {
     let message = format!(
-        "there is no {} {}; the native API is below /v1 (functions, sandboxes, info, health), \
-         AWS Lambda's below /2015-03-31",
-        request.method(),
-        request.uri().path()
+        "there is no {method} {path}; there are GET /v1/health, /v1/info, /v1/functions, \
+         /v1/functions/NAME/logs and /v1/sandboxes, GET, PUT and DELETE /v1/functions/NAME, POST \
+         /v1/functions/NAME/invoke, dedup, restore and purge, POST /v1/sandboxes/ID/dedup and \
+         restore, DELETE /v1/sandboxes/ID, POST /v1/shutdown, and AWS Lambda's operations below \
+         /2015-03-31/functions"
     );
     ApiError::new(StatusCode::NOT_FOUND, "NoSuchRoute", message).into_response()
 }
@@ -125,24 +131,30 @@ enum CodeBody {
     Zip(String),
 }
 
+/// The longest body of a deployment, bytes: Base64 takes four bytes for three of the archive, the
+/// settings take some more.
+pub(crate) fn deploy_limit(max_code: u64) -> usize {
+    (max_code as usize).saturating_mul(4) / 3 + (1 << 20)
+}
+
 async fn deploy<N: NodeApi>(
     State(controller): State<Controller<N>>,
     Path(name): Path<String>,
     request: Request,
 ) -> Answer {
     let name = function_name(&name)?;
-    // Base64 takes four bytes for three; the settings take some more.
-    let limit = (controller.config().max_code as usize).saturating_mul(4) / 3 + (1 << 20);
+    let limit = deploy_limit(controller.config().max_code);
     let body: DeployBody = json_body(request, limit).await?;
     let code = match body.code {
-        CodeBody::Directory(path) => CodeSource::Directory(path),
+        CodeBody::Directory(path) => CodeSource::Directory(absolute("code.directory", path)?),
         CodeBody::Zip(text) => {
             let zip = base64::engine::general_purpose::STANDARD.decode(text);
             CodeSource::Zip(zip.map_err(|e| ApiError::bad_request(format!("code.zip: {e}")))?)
         }
     };
     let mut deploy = Deploy::new(name.clone(), &body.runtime, &body.handler, code);
-    deploy.layers = body.layers;
+    deploy.layers =
+        body.layers.into_iter().map(|l| absolute("layers", l)).collect::<Result<_, _>>()?;
     deploy.environment = body.environment;
     deploy.memory_mib = body.memory_mib.unwrap_or(deploy.memory_mib);
     deploy.timeout_ms = body.timeout_ms.unwrap_or(deploy.timeout_ms);
@@ -152,6 +164,15 @@ async fn deploy<N: NodeApi>(
     controller.deploy(deploy, DeployMode::Replace).await?;
     let view = controller.function(&name).ok_or(HandError::NoSuchFunction(name))?;
     Ok(Json(view).into_response())
+}
+
+/// A path of the client's, which can't mean the platform's own working directory.
+fn absolute(field: &str, path: PathBuf) -> Result<PathBuf, ApiError> {
+    if path.is_absolute() {
+        return Ok(path);
+    }
+    let message = format!("{field}: {} is not an absolute path", path.display());
+    Err(ApiError::bad_request(message))
 }
 
 async fn remove<N: NodeApi>(
@@ -167,10 +188,11 @@ async fn invoke<N: NodeApi>(
     Path(name): Path<String>,
     request: Request,
 ) -> Answer {
-    let options = InvokeOptions::default();
     let name = function_name(&name)?;
     let limit = controller.config().max_payload;
     let payload = body(request, limit).await?;
+    // Its time counts from here: how fast a client sends is not the platform's doing.
+    let options = InvokeOptions::default();
     let result = controller.invoke(&name, payload, options).await?;
     Ok(answer(result))
 }
@@ -212,27 +234,32 @@ struct LogQuery {
 async fn logs<N: NodeApi>(
     State(controller): State<Controller<N>>,
     Path(name): Path<String>,
-    Query(query): Query<LogQuery>,
+    query: QueryOf<LogQuery>,
 ) -> Answer {
+    let query = query_of(query)?;
     let name = function_name(&name)?;
-    let deployed = controller.deployed(&name).ok_or(HandError::NoSuchFunction(name))?;
-    let (text, position) =
-        controller.node().logs_tail(&deployed.spec, query.bytes.unwrap_or(LOG_BYTES)).await;
+    let deployed =
+        controller.deployed(&name).ok_or_else(|| HandError::NoSuchFunction(name.clone()))?;
+    let bytes = query.bytes.unwrap_or(LOG_BYTES).min(MOST_LOG_BYTES);
+    let (text, position) = controller.node().logs_tail(&deployed.spec, bytes).await;
     let plain = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
     if !query.follow {
         return Ok((plain, text).into_response());
     }
     let first = Some(text).filter(|t| !t.is_empty());
-    let lines = stream::unfold((first, position), move |(first, position)| {
-        let (controller, deployed) = (controller.clone(), deployed.clone());
+    // Ends with the function, the platform, or the client's patience.
+    let lines = stream::unfold((first, position), move |(first, mut position)| {
+        let (controller, name) = (controller.clone(), name.clone());
         async move {
             if let Some(text) = first {
                 return Some((Ok::<_, std::convert::Infallible>(text), (None, position)));
             }
             loop {
+                let deployed = controller.deployed(&name)?;
                 let (text, next) = controller.node().logs_after(&deployed.spec, position).await;
+                position = next;
                 if !text.is_empty() {
-                    return Some((Ok(text), (None, next)));
+                    return Some((Ok(text), (None, position)));
                 }
                 tokio::select! {
                     () = tokio::time::sleep(FOLLOW_INTERVAL) => {}
@@ -257,8 +284,9 @@ struct DedupQuery {
 async fn dedup<N: NodeApi>(
     State(controller): State<Controller<N>>,
     Path(id): Path<String>,
-    Query(query): Query<DedupQuery>,
+    query: QueryOf<DedupQuery>,
 ) -> Answer {
+    let query = query_of(query)?;
     let id = sandbox_id(&id)?;
     let report = controller.dedup(id, query.base).await?;
     Ok(Json(json!({ "sandbox": id.to_string(), "report": report })).into_response())
@@ -313,6 +341,10 @@ fn results<T: serde::Serialize>(all: Vec<(SandboxId, Result<T, HandError>)>) -> 
     Json(json!({ "results": all.into_iter().map(one).collect::<Vec<_>>() })).into_response()
 }
 
+fn query_of<T>(query: QueryOf<T>) -> Result<T, ApiError> {
+    query.map(|Query(query)| query).map_err(|e| ApiError::bad_request(e.body_text()))
+}
+
 fn function_name(text: &str) -> Result<FunctionName, ApiError> {
     text.parse().map_err(ApiError::bad_request)
 }
@@ -323,19 +355,12 @@ fn sandbox_id(text: &str) -> Result<SandboxId, ApiError> {
 
 /// The body of a request, if it is not longer than `limit`.
 async fn body(request: Request, limit: usize) -> Result<Bytes, ApiError> {
-    let announced = request.headers().get(header::CONTENT_LENGTH);
-    let announced = announced.and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
-    let too_large = || {
-        let message = format!("the body is longer than the {limit} bytes that are allowed");
-        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "PayloadTooLarge", message)
-    };
-    if announced.is_some_and(|length| length > limit) {
-        return Err(too_large());
-    }
-    axum::body::to_bytes(request.into_body(), limit).await.map_err(|error| {
-        use std::error::Error as _;
-        let limited = error.source().is_some_and(|e| e.is::<http_body_util::LengthLimitError>());
-        if limited { too_large() } else { ApiError::bad_request(format!("the body: {error}")) }
+    crate::body::read(request.into_body(), limit).await.map_err(|error| match error {
+        BodyError::TooLong => {
+            let message = format!("the body is longer than the {limit} bytes that are allowed");
+            ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "PayloadTooLarge", message)
+        }
+        BodyError::Broken(why) => ApiError::bad_request(format!("the body: {why}")),
     })
 }
 
