@@ -7,7 +7,9 @@
 //! matches waiters with sandboxes, oldest first, and makes more of them if it may. So a request
 //! takes whichever comes first: the sandbox that is started for it, or one that becomes free.
 
+mod closing;
 mod entry;
+mod functions;
 mod idle;
 mod pump;
 mod view;
@@ -144,99 +146,6 @@ impl Table {
         self.memory = memory;
     }
 
-    // ---- functions ----
-
-    /// Makes `deployed` the version that new requests of its name go to.
-    pub(crate) fn install(&mut self, now_ms: u64, deployed: Arc<Deployed>) {
-        let id = deployed.spec.id;
-        let name = deployed.spec.name.clone();
-        self.versions.insert(
-            id,
-            Version {
-                deployed,
-                current: true,
-                sandboxes: HashSet::new(),
-                starting: Vec::new(),
-                waiting: VecDeque::new(),
-                bases: 0,
-            },
-        );
-        self.stats.entry(name.clone()).or_default();
-        if let Some(old) = self.current.insert(name, id) {
-            self.drain(now_ms, old);
-        }
-    }
-
-    /// Removes a function: requests that wait are refused, those that run may end.
-    pub(crate) fn uninstall(&mut self, now_ms: u64, name: &FunctionName) -> bool {
-        let Some(id) = self.current.remove(name) else { return false };
-        self.stats.remove(name);
-        if let Some(version) = self.versions.get_mut(&id) {
-            for waiter in version.waiting.drain(..) {
-                let refusal = InvokeError::NoSuchFunction(name.clone());
-                let _ = waiter.grant.send(Grant::Refused(refusal));
-            }
-        }
-        self.drain(now_ms, id);
-        true
-    }
-
-    fn drain(&mut self, now_ms: u64, id: FunctionId) {
-        if let Some(version) = self.versions.get_mut(&id) {
-            version.current = false;
-        }
-        self.retire(id);
-        self.pump(now_ms);
-    }
-
-    /// Ends what an outdated version does not need any more, and the version itself once nothing
-    /// is left of it.
-    fn retire(&mut self, id: FunctionId) {
-        let Some(version) = self.versions.get(&id) else { return };
-        if version.current || !version.waiting.is_empty() {
-            return;
-        }
-        for sandbox in version.sandboxes.iter().copied().collect::<Vec<_>>() {
-            let unused = self.sandboxes.get(&sandbox).is_some_and(|e| match e.phase {
-                Phase::Warm | Phase::Dedup | Phase::Deduping => true,
-                Phase::Restoring => !e.for_request,
-                Phase::Running | Phase::Leaving => false,
-            });
-            if unused {
-                self.purge(sandbox);
-            }
-        }
-        let done =
-            self.versions.get(&id).is_some_and(|v| v.sandboxes.is_empty() && v.starting.is_empty());
-        if done && let Some(version) = self.versions.remove(&id) {
-            self.effects.push(Effect::Retired(version.deployed));
-        }
-    }
-
-    pub(crate) fn function(&self, name: &FunctionName) -> Option<Arc<Deployed>> {
-        let id = self.current.get(name)?;
-        Some(self.versions[id].deployed.clone())
-    }
-
-    pub(crate) fn functions(&self) -> Vec<Arc<Deployed>> {
-        self.current.values().map(|id| self.versions[id].deployed.clone()).collect()
-    }
-
-    /// Every version that still has something to do, replaced ones included.
-    pub(crate) fn all_versions(&self) -> Vec<Arc<Deployed>> {
-        self.versions.values().map(|v| v.deployed.clone()).collect()
-    }
-
-    pub(crate) fn stats_mut(&mut self, name: &FunctionName) -> Option<&mut FunctionStats> {
-        self.stats.get_mut(name)
-    }
-
-    pub(crate) fn stats(&self, name: &FunctionName) -> Option<&FunctionStats> {
-        self.stats.get(name)
-    }
-
-    // ---- requests ----
-
     /// Adds a request. It may have been granted a sandbox when this returns. `again` is for one
     /// whose restore failed: it goes to the front and is not restored again.
     pub(crate) fn enqueue(
@@ -302,8 +211,6 @@ impl Table {
                 .count()
     }
 
-    // ---- what became of a start ----
-
     /// A sandbox was started; `memory` is what it uses, bytes.
     pub(crate) fn started(
         &mut self,
@@ -363,8 +270,6 @@ impl Table {
         self.retire(function);
         self.pump(now_ms);
     }
-
-    // ---- what became of a sandbox ----
 
     /// A request that the sandbox served is over.
     pub(crate) fn finished(&mut self, now_ms: u64, sandbox: SandboxId) {
@@ -527,55 +432,6 @@ impl Table {
         {
             stats.warm_memory(bytes);
         }
-    }
-
-    // ---- the end ----
-
-    /// No request is accepted from now on.
-    pub(crate) fn close(&mut self) {
-        self.closing = true;
-        let idle: Vec<_> = self
-            .sandboxes
-            .values()
-            .filter(|e| {
-                matches!(e.phase, Phase::Warm | Phase::Dedup | Phase::Deduping)
-                    && self.versions.get(&e.function).is_none_or(|v| v.waiting.is_empty())
-            })
-            .map(|e| e.id)
-            .collect();
-        for sandbox in idle {
-            self.purge(sandbox);
-        }
-    }
-
-    /// Refuses what waits and ends every sandbox, running or not.
-    pub(crate) fn end_all(&mut self) {
-        self.closing = true;
-        for version in self.versions.values_mut() {
-            for waiter in version.waiting.drain(..) {
-                let _ = waiter.grant.send(Grant::Refused(InvokeError::ShuttingDown));
-            }
-        }
-        for sandbox in self.sandboxes.keys().copied().collect::<Vec<_>>() {
-            self.purge(sandbox);
-        }
-    }
-
-    pub(crate) fn is_closing(&self) -> bool {
-        self.closing
-    }
-
-    /// Whether any request waits or runs.
-    pub(crate) fn is_busy(&self) -> bool {
-        self.versions.values().any(|v| !v.waiting.is_empty())
-            || self.sandboxes.values().any(|e| {
-                e.phase == Phase::Running || (e.phase == Phase::Restoring && e.for_request)
-            })
-    }
-
-    /// Whether there is no sandbox, not even one on its way in or out.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.sandboxes.is_empty() && self.versions.values().all(|v| v.starting.is_empty())
     }
 
     fn number(&mut self) -> u64 {

@@ -81,7 +81,10 @@ async fn a_new_version_takes_over_and_the_old_one_drains() {
     assert_eq!(rig.invoke("f", "1").await.unwrap().start, StartKind::Cold);
     let old = running.await.unwrap().unwrap();
     assert_eq!((old.start, old.error), (StartKind::Warm, None));
+    rig.node.log("f", "kept\n");
     settle(|| rig.node.forgotten() == [one.spec.id]).await;
+    let log = medes_node::NodeApi::logs_tail(&rig.node, &two.spec, 100).await.0;
+    assert_eq!(log, "kept\n", "the log is the function's, not the version's");
     assert_eq!(rig.node.count(), 1);
 
     // The same code under another setting: one directory. Other code: the old one goes.
