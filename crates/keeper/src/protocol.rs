@@ -56,6 +56,11 @@ pub enum Command {
         /// The sandbox.
         sandbox: SandboxId,
     },
+    /// Wait a little until a sandbox that has answered asks for its next request.
+    Idle {
+        /// The sandbox.
+        sandbox: SandboxId,
+    },
     /// Take hold of what brings a frozen sandbox's memory back, before that memory is dropped.
     Hold {
         /// The sandbox.

@@ -13,7 +13,7 @@ use medes_runtime::{LambdaApi, Request, RuntimeEvent};
 use medes_sandbox::{Exit, Running};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::logs::{LogWriter, MAX_LINE};
 use crate::protocol::{Answer, Ending, Restored, Started};
@@ -22,6 +22,9 @@ use crate::spawner::Spawned;
 
 /// How long dead processes may take to go away.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long a runtime may take from its answer until it asks for the next request. It takes a
+/// millisecond, unless the machine is busy.
+const IDLE_LIMIT: Duration = Duration::from_millis(500);
 
 /// A sandbox: its process, its Runtime API, and who waits for it.
 pub(crate) struct Held {
@@ -32,6 +35,8 @@ pub(crate) struct Held {
     /// Which working set is this sandbox's.
     working_set: u64,
     tell: Arc<dyn Fn(News) + Send + Sync>,
+    /// Told whenever the runtime asks for a request, and at the end.
+    asked: Notify,
     state: Mutex<State>,
 }
 
@@ -104,7 +109,8 @@ impl Held {
         let pump = tokio::spawn(pump(id, output, LogWriter::new(log, log_bytes))?);
         let state = Mutex::new(State { starting: Some(starting), ..State::default() });
         let news = Arc::clone(&tell);
-        let held = Arc::new(Self { id, common, api, running, working_set, tell, state });
+        let asked = Notify::new();
+        let held = Arc::new(Self { id, common, api, running, working_set, tell, asked, state });
         let watched = Arc::clone(&held);
         tokio::spawn(async move {
             let unheard = watched.supervise(received, exit).await;
@@ -143,6 +149,7 @@ impl Held {
             }
             (state.starting.take(), state.pending.take())
         };
+        self.asked.notify_waiters();
         match (starting, pending) {
             (Some(starting), _) => {
                 let _ = starting.send(Started::Ended(ending));
@@ -160,6 +167,7 @@ impl Held {
         let mut state = self.lock();
         let answer = match event {
             RuntimeEvent::Waiting => {
+                self.asked.notify_waiters();
                 if let Some(starting) = state.starting.take() {
                     let _ = starting.send(Started::Ready);
                 }
@@ -261,6 +269,27 @@ impl Held {
         if let Err(error) = self.running.cgroup().order_kill() {
             tracing::warn!(sandbox = %self.id, %error, "killing a sandbox");
         }
+    }
+
+    /// Returns once the runtime waits for a request and has none.
+    pub(crate) async fn idle(&self) -> Result<(), String> {
+        let idle = async {
+            loop {
+                let asked = self.asked.notified();
+                tokio::pin!(asked);
+                // Registered before the look, so that no call in between is missed.
+                asked.as_mut().enable();
+                if self.lock().ended.is_some() {
+                    return Err("the sandbox has ended".into());
+                }
+                if self.api.is_idle() {
+                    return Ok(());
+                }
+                asked.await;
+            }
+        };
+        let limited = tokio::time::timeout(IDLE_LIMIT, idle).await;
+        limited.unwrap_or_else(|_| Err("the sandbox is not waiting for a request".into()))
     }
 
     /// Takes what brings the sandbox's memory back.

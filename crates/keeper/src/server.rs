@@ -167,6 +167,10 @@ impl Shared {
                 }
             }
             Command::Kill { sandbox } => done(self.find(sandbox).map(|held| held.kill())),
+            Command::Idle { sandbox } => match self.find(sandbox) {
+                Ok(held) => done(held.idle().await),
+                Err(why) => Reply::Refused(why),
+            },
             Command::Hold { sandbox, image, userfaults } => {
                 done(self.hold(sandbox, image, &userfaults))
             }

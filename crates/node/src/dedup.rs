@@ -46,6 +46,10 @@ pub(crate) async fn run(
 
 fn operate(shared: &Shared, entry: &Entry, new_base: bool) -> Result<DedupReport, DedupFailure> {
     let begin = Instant::now();
+    // It may have answered a moment ago, and is on its way to its next call. That is not the time
+    // to stop it: what it says to the keeper has to be said.
+    let idle = shared.keeper().order_blocking(Command::Idle { sandbox: entry.id });
+    idle.map_err(|e| DedupFailure::StaysWarm { reason: e.to_string(), lasting: false })?;
     bring_all_back(shared, entry)?;
     let before = shared.memory_use(entry);
     let base_before = shared.store.usage().snapshots;

@@ -82,7 +82,7 @@ pub(crate) struct Shared {
     keeper: RwLock<Keeper>,
     events: mpsc::UnboundedSender<NodeEvent>,
     closing: std::sync::atomic::AtomicBool,
-    _lock: InstanceLock,
+    lock: InstanceLock,
 }
 
 impl Node {
@@ -118,7 +118,7 @@ impl Node {
             fingerprints,
             root,
             events,
-            _lock: lock,
+            lock,
         });
         tokio::spawn(listen(Arc::clone(&shared), ended));
         let idle = Duration::from_millis(shared.config.dedup.base_idle_ms);
@@ -137,9 +137,12 @@ impl Node {
             tracing::warn!(%error, "stopping the keeper");
         }
         let cleaned = tokio::task::spawn_blocking(move || {
-            recovery::clean_up(&shared.config.run_dir, &shared.root)?;
+            let run_dir = &shared.config.run_dir;
+            recovery::clean_up(run_dir, &shared.root)?;
             shared.root.remove()?;
-            Ok::<(), NodeError>(())
+            // After an end in order nobody needs it.
+            let _ = std::fs::remove_file(recovery::keeper_log(run_dir));
+            shared.lock.remove()
         });
         match cleaned.await {
             Ok(Ok(())) => {}
@@ -158,7 +161,7 @@ async fn launch(
         &config.keeper_program,
         &config.keeper_arguments,
         &config.run_dir.join("keeper.sock"),
-        &config.run_dir.join("keeper.log"),
+        &recovery::keeper_log(&config.run_dir),
         store.memory().descriptor(),
         tell,
     )

@@ -1,6 +1,7 @@
 //! One instance at a time, and nothing left of the one before.
 
 use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use crate::local::NodeError;
 /// The right to use a run directory, for as long as this value lives.
 #[derive(Debug)]
 pub(crate) struct InstanceLock {
+    path: PathBuf,
     _file: File,
 }
 
@@ -23,20 +25,44 @@ impl InstanceLock {
         };
         std::fs::create_dir_all(run_dir).map_err(failed(run_dir))?;
         let path = run_dir.join("lock");
-        let mut options = OpenOptions::new();
-        let file = options.create(true).write(true).truncate(false).open(&path);
-        let file = file.map_err(failed(&path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Self { _file: file }),
-            Err(TryLockError::WouldBlock) => Err(NodeError::Running(run_dir.to_owned())),
-            Err(TryLockError::Error(error)) => Err(NodeError::File { path, error }),
+        loop {
+            let mut options = OpenOptions::new();
+            let file = options.create(true).write(true).truncate(false).open(&path);
+            let file = file.map_err(failed(&path))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    return Err(NodeError::Running(run_dir.to_owned()));
+                }
+                Err(TryLockError::Error(error)) => return Err(NodeError::File { path, error }),
+            }
+            // An instance that ended since the file was opened has removed it: what is locked now
+            // is a file that nobody else will find.
+            let is_there = std::fs::metadata(&path).is_ok_and(|there| {
+                file.metadata()
+                    .is_ok_and(|own| (own.dev(), own.ino()) == (there.dev(), there.ino()))
+            });
+            if is_there {
+                return Ok(Self { path, _file: file });
+            }
         }
+    }
+
+    /// Removes the file, as the last thing that the instance does with the directory.
+    pub(crate) fn remove(&self) -> Result<(), NodeError> {
+        std::fs::remove_file(&self.path)
+            .map_err(|error| NodeError::File { path: self.path.clone(), error })
     }
 }
 
 /// Where the keeper's process number is kept, to find one that an earlier daemon left behind.
 pub(crate) fn keeper_pid_file(run_dir: &Path) -> PathBuf {
     run_dir.join("keeper.pid")
+}
+
+/// Where the keeper writes what nobody asked it for.
+pub(crate) fn keeper_log(run_dir: &Path) -> PathBuf {
+    run_dir.join("keeper.log")
 }
 
 /// Ends whatever an earlier daemon left behind: its keeper, its sandboxes, their cgroups. Returns
