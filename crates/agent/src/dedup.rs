@@ -16,7 +16,7 @@ use std::time::Instant;
 use medes_core::{DomainId, FunctionId, PageRef, SnapshotId};
 use medes_memory::pages::PageRun;
 use medes_memory::reader::{ReadError, read_pages};
-use medes_memory::session::{EvictError, Eviction, Freezer, Session, SessionError};
+use medes_memory::session::{EvictError, Eviction, Freezer, Replacement, Session, SessionError};
 use medes_memory::tracee::SeizeOptions;
 use medes_memory::userfault::{
     CreateError, RegisterMode, UserFault, UserFaultFeatures, UserFaultOptions,
@@ -29,7 +29,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::encode::{Bases, EncodeError, PageEncoder, PageSource};
 use crate::image::{PatchUse, ProcessTable, RunBuilder, SnapshotUse, Table};
-use crate::plan::{Plan, PlanError};
+use crate::plan::{MappingKind, Plan, PlanError};
 
 /// Pages read and encoded at a time: 1 MiB, which stays in the second-level cache, and few enough
 /// that a request that cancels waits less than a millisecond for it.
@@ -263,7 +263,8 @@ pub fn estimate(
     let mut counts = operation.count(&encoded);
     counts.encode_us = micros(begin);
     let anonymous = |p: &crate::plan::ProcessPlan| {
-        p.mappings.iter().filter(|m| !m.file).map(|m| m.start..m.end).collect()
+        let all = p.mappings.iter().filter(|m| m.kind != MappingKind::File);
+        all.map(|m| m.start..m.end).collect()
     };
     let registered = plan.processes.iter().map(anonymous).collect();
     let (table, _) = table(&plan, &encoded, registered)?;
@@ -551,8 +552,17 @@ impl Operation<'_> {
             let mut userfault =
                 session.userfault(process.pid, &options).map_err(Hindrance::Userfault)?;
             let mut ranges = Vec::new();
-            for mapping in process.mappings.iter().filter(|m| !m.file) {
+            for mapping in &process.mappings {
                 let range = mapping.start..mapping.end;
+                match mapping.kind {
+                    MappingKind::Anonymous => {}
+                    // Registered when it has become anonymous.
+                    MappingKind::Replaced(_) => {
+                        ranges.push(range);
+                        continue;
+                    }
+                    MappingKind::File => continue,
+                }
                 match userfault.register(range.clone(), RegisterMode::Missing) {
                     Ok(()) => ranges.push(range),
                     Err(error) => tracing::debug!(%error, "a mapping stays resident"),
@@ -648,7 +658,8 @@ fn table<'e>(
         let mut runs = RunBuilder::default();
         for mapping in &process.mappings {
             runs.border();
-            let stays = !mapping.file && !ranges.iter().any(|r| r.start == mapping.start);
+            let file = mapping.kind == MappingKind::File;
+            let stays = !file && !ranges.iter().any(|r| r.start == mapping.start);
             for run in &mapping.runs {
                 for n in 0..u64::from(run.pages) {
                     let address = run.start + n * PAGE_SIZE as u64;
@@ -680,17 +691,17 @@ fn table<'e>(
                     };
                     match source {
                         // A private copy of file content can't come back by itself.
-                        PageSource::Zero if mapping.file => {
+                        PageSource::Zero if file => {
                             runs.patch(address, true, PatchUse { length: 0, check: 0, base: None });
                         }
                         PageSource::Zero => {}
                         PageSource::Base(at) => {
                             let (snapshot, page) = name(at)?;
-                            runs.base(address, mapping.file, snapshot, page);
+                            runs.base(address, file, snapshot, page);
                         }
                         PageSource::Patch { length, check, base } => {
                             let base = base.map(&mut name).transpose()?;
-                            runs.patch(address, mapping.file, PatchUse { length, check, base });
+                            runs.patch(address, file, PatchUse { length, check, base });
                             patches.push(patch);
                         }
                     }
@@ -723,11 +734,16 @@ fn drop_all<F: Freezer>(
         counts.kept += kept.iter().map(|r| (r.end - r.start) / PAGE_SIZE as u64).sum::<u64>();
         let mut eviction = Eviction::default();
         for mapping in &process.mappings {
-            if mapping.file {
-                let runs = mapping.runs.iter().map(PageRun::range);
-                eviction.file.extend(runs.flat_map(|r| without(r, &kept)));
-            } else {
-                eviction.anonymous.extend(without(mapping.start..mapping.end, &kept));
+            let range = mapping.start..mapping.end;
+            match mapping.kind {
+                MappingKind::Anonymous => eviction.anonymous.extend(without(range, &kept)),
+                MappingKind::Replaced(protection) => {
+                    eviction.replace.push(Replacement { range, protection });
+                }
+                MappingKind::File => {
+                    let runs = mapping.runs.iter().map(PageRun::range);
+                    eviction.file.extend(runs.flat_map(|r| without(r, &kept)));
+                }
             }
         }
         session.evict(process.pid, userfault, &eviction)?;

@@ -2,9 +2,11 @@
 
 use std::io;
 
-use medes_memory::mappings::Mappings;
+use medes_memory::PAGE_SIZE;
+use medes_memory::mappings::{Mapping, Mappings};
 use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_obstacles};
 use medes_memory::pages::{PageClass, PageRun, PageScanner};
+use medes_memory::reader::read_pages;
 
 /// The private pages of a frozen sandbox.
 #[derive(Debug, PartialEq, Eq)]
@@ -29,11 +31,32 @@ pub struct MappingPlan {
     pub start: u64,
     /// The address after the last.
     pub end: u64,
-    /// A private file mapping, which a userfaultfd can't cover.
-    pub file: bool,
-    /// Runs of private pages that hold something, by address.
+    /// What becomes of it.
+    pub kind: MappingKind,
+    /// Runs of pages that are kept in the image, by address.
     pub runs: Vec<PageRun>,
 }
+
+/// How a mapping's pages go and come back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MappingKind {
+    /// Anonymous memory: a userfaultfd covers it.
+    Anonymous,
+    /// A private file mapping that becomes anonymous memory with this protection, all of it: data
+    /// segments of programs and libraries, mostly written to. Its pages then come back one by one
+    /// like all others, where those of [`MappingKind::File`] all have to be there before the
+    /// process runs.
+    Replaced(i32),
+    /// A private file mapping that stays one: only its private pages go.
+    File,
+}
+
+/// A private file mapping becomes anonymous memory if at least one page in so many is private: its
+/// other pages, shared with other processes until then, become private too.
+const REPLACE_SHARE: u64 = 4;
+
+/// Small mappings are replaced whatever their share is, pages.
+const REPLACE_SMALL: u64 = 32;
 
 /// Why there is no plan.
 #[derive(Debug, thiserror::Error)]
@@ -90,11 +113,48 @@ impl ProcessPlan {
             scanner.scan(mapping, &mut runs).map_err(look)?;
             // What was read but never written reads as zeros again all by itself.
             runs.retain(|run| run.class != PageClass::ZeroPage);
-            if !runs.is_empty() {
-                let (start, end) = (mapping.start, mapping.end);
-                mappings.push(MappingPlan { start, end, file: !mapping.is_anonymous(), runs });
+            if runs.is_empty() {
+                continue;
             }
+            let kind = kind_of(pid, mapping, &runs);
+            if let MappingKind::Replaced(_) = kind {
+                // Every page, also those that are still the file's.
+                let pages = mapping.pages() as u32;
+                let class = PageClass::FileCow;
+                runs = vec![PageRun { start: mapping.start, pages, class }];
+            }
+            let (start, end) = (mapping.start, mapping.end);
+            mappings.push(MappingPlan { start, end, kind, runs });
         }
         Ok(Self { pid, mappings })
     }
+}
+
+fn kind_of(pid: i32, mapping: &Mapping, runs: &[PageRun]) -> MappingKind {
+    if mapping.is_anonymous() {
+        return MappingKind::Anonymous;
+    }
+    let private: u64 = runs.iter().map(|run| u64::from(run.pages)).sum();
+    let worth = mapping.pages() <= REPLACE_SMALL || private * REPLACE_SHARE >= mapping.pages();
+    // Code that was written to stays: anonymous memory that can be executed is refused in places.
+    // What has special flags would lose them. Pages beyond the file's end can't be read.
+    let plain = !mapping.executable && !mapping.flags_known;
+    if worth && plain && mapping.pages() < u64::from(u32::MAX) && is_backed(pid, mapping) {
+        MappingKind::Replaced(
+            if mapping.readable { PROT_READ } else { 0 }
+                | if mapping.writable { PROT_WRITE } else { 0 },
+        )
+    } else {
+        MappingKind::File
+    }
+}
+
+/// `PROT_READ` and `PROT_WRITE` of mmap(2).
+const PROT_READ: i32 = 1;
+const PROT_WRITE: i32 = 2;
+
+/// Whether the file reaches to the mapping's end: beyond it there is nothing to read.
+fn is_backed(pid: i32, mapping: &Mapping) -> bool {
+    let last = PageRun { start: mapping.end - PAGE_SIZE, pages: 1, class: PageClass::FileCow };
+    read_pages(pid, &[last], &mut [0; PAGE_SIZE as usize]).is_ok()
 }

@@ -87,6 +87,30 @@ pub fn drop_file_pages(
     discard(process, ranges, &mut || {})
 }
 
+/// Puts empty anonymous memory in the place of a private file mapping, which a userfaultfd can
+/// cover then: its pages can come back one by one, like all others.
+///
+/// The process can't tell but by reading its own mappings: private file mappings only ever hand
+/// out the file's content or the process's own copy, and both are put back as pages. Futexes in it
+/// are keyed by address already, since their pages were written to.
+///
+/// The caller answers for what [`drop_file_pages`] asks for, and holds the content of *every* page
+/// of the mapping, not only of the private ones. When this fails the process may lack the mapping,
+/// and must be killed.
+///
+/// # Errors
+/// See [`DropError`].
+pub fn replace_file_mapping(
+    process: &mut SeizedProcess,
+    range: &Range<u64>,
+    protection: i32,
+) -> Result<(), DropError> {
+    const FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    let args = [range.start, range.end - range.start, protection as u64, FLAGS as u64, u64::MAX, 0];
+    process.call("mmap", libc::SYS_mmap, args)?;
+    Ok(())
+}
+
 fn discard(
     process: &mut SeizedProcess,
     ranges: &[Range<u64>],

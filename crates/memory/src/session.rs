@@ -79,6 +79,9 @@ pub enum EvictError {
     /// Dropping failed.
     #[error(transparent)]
     Drop(#[from] DropError),
+    /// Memory that took a mapping's place can't be registered.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
 }
 
 /// What to drop of one process.
@@ -91,8 +94,20 @@ pub struct Eviction {
     pub anonymous: Vec<Range<u64>>,
     /// Ranges of private file mappings to drop. The caller holds their private pages' content.
     pub file: Vec<Range<u64>>,
+    /// Private file mappings to replace by anonymous memory, each wholly, and to register. The
+    /// caller holds the content of every page of them.
+    pub replace: Vec<Replacement>,
     /// Register for write protection too.
     pub track_writes: bool,
+}
+
+/// A mapping that becomes anonymous memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replacement {
+    /// The whole mapping.
+    pub range: Range<u64>,
+    /// `PROT_READ`, `PROT_WRITE` and `PROT_EXEC`, as the mapping has them.
+    pub protection: i32,
 }
 
 /// What was dropped.
@@ -203,6 +218,10 @@ impl<F: Freezer> Session<F> {
         self.lacking.push(pid);
         evicted.anonymous = drop::drop_pages(process, userfault, &anonymous)?;
         evicted.file = drop::drop_file_pages(process, &eviction.file)?;
+        for Replacement { range, protection } in &eviction.replace {
+            drop::replace_file_mapping(process, range, *protection)?;
+            userfault.register(range.clone(), mode)?;
+        }
         Ok(evicted)
     }
 

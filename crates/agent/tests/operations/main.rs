@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
-use harness::{Bench, Target, finish};
+use harness::{Bench, Target};
 use medes_agent::dedup::{DedupError, Hindrance};
-use medes_agent::restore::{RestoreBuffers, RestoreError};
+use medes_agent::restore::{RestoreBuffers, RestoreError, Served};
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
 use medes_memory::pages::{PageClass, PageRun};
 use medes_memory::writer::write_pages;
@@ -236,10 +236,12 @@ fn a_sandbox_that_dies_in_the_middle_leaves_nothing() {
     target.kill();
     std::thread::sleep(Duration::from_millis(50));
     let image = bench.held.lock().unwrap().take().expect("held");
-    let gone = image.revive(&[], &mut RestoreBuffers::default());
-    if let Ok(revived) = gone {
-        finish(&revived);
-    }
+    let mut buffers = RestoreBuffers::default();
+    let gone = image.revive(&[], &mut buffers).and_then(|revived| {
+        while !revived.spaces[0].fill(64, &mut buffers, &mut Served::default())? {}
+        Ok(())
+    });
+    assert!(gone.is_ok() || gone.is_err_and(|e| e.is_gone()));
     bench.give_back(done);
 }
 
@@ -309,7 +311,7 @@ fn a_corrupt_store_never_reaches_a_process() {
     let mut buffers = RestoreBuffers::default();
     let error = loop {
         let space = &revived.spaces[0];
-        match space.fill(64, &mut buffers, &mut Default::default()) {
+        match space.fill(64, &mut buffers, &mut Served::default()) {
             Ok(false) => {}
             Ok(true) => panic!("corrupt patches were taken for pages"),
             Err(error) => break error,
