@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use medes_core::Tenant;
 use medes_policy::{DEFAULT_BASE_THRESHOLD, PolicyConfig};
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +45,9 @@ pub struct ControllerConfig {
     pub max_code_entries: usize,
     /// How long running requests may go on after a shutdown has begun.
     pub shutdown_grace_ms: u64,
+    /// Groups of tenants that trust each other with what their pages have in common. A tenant in no
+    /// group shares with nobody.
+    pub joined_tenants: Vec<Vec<Tenant>>,
     /// Layers that clients may name: the name in a layer's ARN, and the directory or zip file.
     pub layers: BTreeMap<String, PathBuf>,
 }
@@ -68,8 +72,19 @@ impl Default for ControllerConfig {
             max_code_unpacked: 250 << 20,
             max_code_entries: 100_000,
             shutdown_grace_ms: 10_000,
+            joined_tenants: Vec::new(),
             layers: BTreeMap::new(),
         }
+    }
+}
+
+impl ControllerConfig {
+    /// The name of the dedup domain that a tenant's functions belong to: the tenant's own, or that
+    /// of the first tenant in its group.
+    #[must_use]
+    pub fn dedup_group<'a>(&'a self, tenant: &'a Tenant) -> &'a str {
+        let group = self.joined_tenants.iter().find(|group| group.contains(tenant));
+        group.and_then(|group| group.iter().min()).unwrap_or(tenant).as_str()
     }
 }
 

@@ -241,7 +241,7 @@ impl NodeApi for FakeNode {
     }
 
     /// Answers with the payload, or does what it says: `{"sleep_ms":n}`, `{"raise":text}`,
-    /// `{"exit":how}`, `{"oom":true}`, `{"bytes":n}`, `{"print":text,"log":function}`.
+    /// `{"exit":how}`, `{"oom":true}`, `{"bytes":n}`, `{"refused":true}`, `{"print":text,"log":function}`.
     async fn invoke(&self, sandbox: SandboxId, invocation: Invocation) -> Outcome {
         let gone = || failed(InvocationError::Exited { how: "signal: killed".into() }, false);
         let Some(killed) = self.enter(sandbox, Phase::Warm, Phase::Running) else { return gone() };
@@ -264,6 +264,8 @@ impl NodeApi for FakeNode {
             failed(InvocationError::Exited { how: how.into() }, false)
         } else if order["oom"] == true {
             failed(InvocationError::OutOfMemory, false)
+        } else if order["refused"] == true {
+            failed(InvocationError::ResponseTooLarge { bytes: u64::MAX }, true)
         } else if let Some(text) = order["raise"].as_str() {
             let document = serde_json::json!({ "errorType": "ValueError", "errorMessage": text });
             Outcome { error: Some(InvocationError::Function), ..answer(document.to_string()) }

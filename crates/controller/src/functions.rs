@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use medes_core::{DomainId, FunctionId, FunctionName, FunctionSpec, Layout};
+use medes_core::{DomainId, FunctionId, FunctionName, FunctionSpec, Layout, Tenant};
 use medes_node::NodeApi;
 
 use crate::code::CodeSource;
@@ -36,6 +36,8 @@ pub struct Deploy {
     pub max_sandboxes: u32,
     /// Which sandboxes share one address-space layout.
     pub layout: Layout,
+    /// Whose function it is.
+    pub tenant: Tenant,
     /// A description.
     pub description: String,
     /// See [`Deployed::labels`].
@@ -57,6 +59,7 @@ impl Deploy {
             timeout_ms: 30_000,
             max_sandboxes: 0,
             layout: Layout::default(),
+            tenant: Tenant::default(),
             description: String::new(),
             labels: BTreeMap::new(),
         }
@@ -170,6 +173,7 @@ impl<N: NodeApi> Inner<N> {
         let spec = FunctionSpec {
             id: FunctionId(0),
             name: deploy.name,
+            tenant: deploy.tenant,
             domain: DomainId::default(),
             runtime: deploy.runtime,
             handler: deploy.handler,
@@ -188,6 +192,8 @@ impl<N: NodeApi> Inner<N> {
         };
         let kept_seed = old
             .filter(|o| (o.spec.layout == Layout::Shared) == (spec.layout == Layout::Shared))
+            // Another tenant must not know the layout.
+            .filter(|o| o.spec.tenant == spec.tenant)
             .map(|o| o.spec.layout_seed);
         let deployed = Deployed { spec, labels: deploy.labels };
         inner.put(deployed, Some(deploy.code), Some(deploy.layers), kept_seed).await
@@ -256,6 +262,7 @@ impl<N: NodeApi> Inner<N> {
             return Err(DeployError::NoRuntime { wanted, installed });
         }
         let (store, codes) = (self.store.clone(), self.code.clone());
+        let group = self.config.dedup_group(&deployed.spec.tenant).to_owned();
         let written = blocking(move || {
             let spec = &mut deployed.spec;
             if let Some(source) = &code {
@@ -268,6 +275,7 @@ impl<N: NodeApi> Inner<N> {
                 spec.layers =
                     layers.iter().map(|l| codes.add_layer(l)).collect::<Result<_, _>>()?;
             }
+            spec.domain = store.domain(&group)?;
             spec.layout_seed = match (kept_seed, spec.layout) {
                 (Some(seed), _) => seed,
                 (None, Layout::Shared) => store.domain_seed(spec.domain, crate::random)?,

@@ -251,6 +251,10 @@ impl<N: NodeApi> Inner<N> {
             Some(Err(_)) => (lost(InvocationError::TimedOut, timeout_ms * 1000), false),
             None => (lost(InvocationError::Exited { how: String::new() }, 0), false),
         };
+        // A runtime whose answer was refused at its door takes that for the platform's failure and
+        // ends, sooner or later.
+        let refused = matches!(outcome.error, Some(InvocationError::ResponseTooLarge { .. }));
+        let reusable = outcome.alive && !refused;
         if outcome.payload.len() > self.config.max_response && outcome.error.is_none() {
             let bytes = outcome.payload.len() as u64;
             outcome.error = Some(InvocationError::ResponseTooLarge { bytes });
@@ -264,7 +268,7 @@ impl<N: NodeApi> Inner<N> {
                 let error = outcome.error.is_some();
                 stats.served(start, timing.startup_us, timing.execution_us, error);
             }
-            if outcome.alive {
+            if reusable {
                 t.finished(now, sandbox);
             } else if ended {
                 t.gone(now, sandbox);
@@ -272,7 +276,7 @@ impl<N: NodeApi> Inner<N> {
                 t.purge(sandbox);
             }
         };
-        if outcome.alive {
+        if reusable {
             self.with(finish);
             self.changed.notify_waiters();
         } else {

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use medes_core::{DomainId, FunctionId, FunctionSpec};
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use crate::error::StoreError;
@@ -16,6 +16,8 @@ const FUNCTIONS: TableDefinition<&str, &[u8]> = TableDefinition::new("functions"
 const SEEDS: TableDefinition<u32, u64> = TableDefinition::new("domain_seeds");
 /// Counters by name.
 const COUNTERS: TableDefinition<&str, u64> = TableDefinition::new("counters");
+/// Numbers of dedup domains, by the name of the group of tenants.
+const DOMAINS: TableDefinition<&str, u32> = TableDefinition::new("domains");
 
 const NEXT_FUNCTION: &str = "next_function";
 const RECORD_VERSION: u8 = 1;
@@ -52,6 +54,7 @@ impl Store {
             t.open_table(FUNCTIONS)?;
             t.open_table(SEEDS)?;
             t.open_table(COUNTERS)?;
+            t.open_table(DOMAINS)?;
             Ok(())
         })?;
         Ok(store)
@@ -105,6 +108,24 @@ impl Store {
             Ok(())
         })?;
         Ok(FunctionId(next))
+    }
+
+    /// The number of a group of tenants; drawn at the first use, never used for another.
+    pub(crate) fn domain(&self, group: &str) -> Result<DomainId, StoreError> {
+        let mut number = 0;
+        self.write(|t| {
+            let mut table = t.open_table(DOMAINS)?;
+            let known = table.get(group)?.map(|v| v.value());
+            number = match known {
+                Some(number) => number,
+                None => u32::try_from(table.len()?).unwrap_or(u32::MAX),
+            };
+            if known.is_none() {
+                table.insert(group, number)?;
+            }
+            Ok(())
+        })?;
+        Ok(DomainId(number))
     }
 
     /// The layout seed that all functions of a domain share; `draw` makes one if there is none.

@@ -18,6 +18,7 @@ pub(crate) fn deployed(name: &str, id: u64) -> Deployed {
         spec: FunctionSpec {
             id: FunctionId(id),
             name: name.parse().unwrap(),
+            tenant: medes_core::Tenant::default(),
             domain: DomainId(0),
             runtime: "fake".into(),
             handler: "app.handler".into(),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use medes_core::{
     DomainId, FunctionId, FunctionName, FunctionSpec, Layout, MemoryUse, SandboxState, StartKind,
+    Tenant,
 };
 use medes_node::{NodeApi, NodeMemory};
 use medes_policy::StatsSummary;
@@ -34,6 +35,8 @@ pub struct FunctionView {
     pub id: FunctionId,
     /// The name.
     pub name: FunctionName,
+    /// Whose function it is.
+    pub tenant: Tenant,
     /// Whose base pages its sandboxes may use.
     pub domain: DomainId,
     /// The runtime.
@@ -220,6 +223,7 @@ fn view(table: &crate::table::Table, now_ms: u64, spec: &FunctionSpec) -> Option
         stats: stats.summary(now_ms),
         id: s.id,
         name: s.name,
+        tenant: s.tenant,
         domain: s.domain,
         runtime: s.runtime,
         handler: s.handler,

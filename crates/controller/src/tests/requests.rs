@@ -125,6 +125,18 @@ async fn failures_are_told_in_lambdas_words() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_runtime_whose_answer_was_refused_serves_no_more() {
+    let rig = Rig::new(|_| {});
+    rig.deploy("f").await;
+    let r = rig.invoke("f", r#"{"refused":true}"#).await.unwrap();
+    assert!(String::from_utf8(r.payload).unwrap().contains("Function.ResponseSizeTooLarge"));
+    let next = rig.invoke("f", "1").await.unwrap();
+    assert_eq!((next.start, next.error), (StartKind::Cold, None));
+    assert_ne!(next.sandbox, r.sandbox);
+    rig.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn starts_that_fail_are_answered() {
     let rig = Rig::new(|c| c.max_payload = 100);
     rig.deploy_with("broken", |d| d.handler = "broken.handler".into()).await;
