@@ -16,7 +16,7 @@ use futures_util::stream;
 use medes_controller::{
     CodeSource, Controller, Deploy, DeployMode, HandError, InvokeOptions, error_type,
 };
-use medes_core::{FunctionName, InvocationResult, Layout, SandboxId};
+use medes_core::{FunctionName, InvocationResult, Layout, SandboxId, Tenant};
 use medes_node::NodeApi;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -49,6 +49,7 @@ pub(crate) fn routes<N: NodeApi>() -> Router<Controller<N>> {
         .route("/v1/functions/{name}/dedup", post(dedup_function::<N>))
         .route("/v1/functions/{name}/restore", post(restore_function::<N>))
         .route("/v1/functions/{name}/purge", post(purge_function::<N>))
+        .route("/v1/tenants", get(tenants::<N>))
         .route("/v1/sandboxes", get(sandboxes::<N>))
         .route("/v1/sandboxes/{id}", axum::routing::delete(purge::<N>))
         .route("/v1/sandboxes/{id}/dedup", post(dedup::<N>))
@@ -121,6 +122,8 @@ struct DeployBody {
     #[serde(default)]
     layout: Layout,
     #[serde(default)]
+    tenant: Tenant,
+    #[serde(default)]
     description: String,
 }
 
@@ -160,6 +163,7 @@ async fn deploy<N: NodeApi>(
     deploy.timeout_ms = body.timeout_ms.unwrap_or(deploy.timeout_ms);
     deploy.max_sandboxes = body.max_sandboxes.unwrap_or(deploy.max_sandboxes);
     deploy.layout = body.layout;
+    deploy.tenant = body.tenant;
     deploy.description = body.description;
     controller.deploy(deploy, DeployMode::Replace).await?;
     let view = controller.function(&name).ok_or(HandError::NoSuchFunction(name))?;
@@ -269,6 +273,10 @@ async fn logs<N: NodeApi>(
         }
     });
     Ok((plain, Body::from_stream(lines)).into_response())
+}
+
+async fn tenants<N: NodeApi>(State(controller): State<Controller<N>>) -> Response {
+    Json(json!({ "tenants": controller.tenants() })).into_response()
 }
 
 async fn sandboxes<N: NodeApi>(State(controller): State<Controller<N>>) -> Response {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use medes_core::Tenant;
 use serde::{Deserialize, Serialize};
 
 use crate::units::{MemoryAmount, Period, Size};
@@ -145,13 +146,21 @@ pub struct Dedup {
     pub chunk_size: u32,
     /// Dedup sandboxes per base sandbox before a function gets another base (T in the paper).
     pub base_threshold: u32,
+    /// Groups of tenants that may use each other's base pages.
+    pub joined_tenants: Vec<Vec<Tenant>>,
     /// Threads that one dedup operation uses.
     pub workers: u32,
 }
 
 impl Default for Dedup {
     fn default() -> Self {
-        Self { cardinality: 5, chunk_size: 64, base_threshold: 40, workers: 1 }
+        Self {
+            cardinality: 5,
+            chunk_size: 64,
+            base_threshold: 40,
+            joined_tenants: Vec::new(),
+            workers: 1,
+        }
     }
 }
 
@@ -286,6 +295,10 @@ const COMMENTS: &[(&str, &[(&str, &str)])] = &[
             (
                 "base_threshold",
                 "Dedup sandboxes per base sandbox before a function gets another base.",
+            ),
+            (
+                "joined_tenants",
+                "Groups of tenants that may use each other's base pages: [[\"a\", \"b\"], ...].",
             ),
             ("workers", "Threads that one dedup operation uses."),
         ],

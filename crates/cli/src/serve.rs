@@ -154,6 +154,7 @@ fn controller_config(config: &Config) -> ControllerConfig {
         },
         max_dedups: lifecycle.max_dedups,
         base_threshold: config.dedup.base_threshold,
+        joined_tenants: config.dedup.joined_tenants.clone(),
         max_sandboxes: limits.max_sandboxes,
         max_sandboxes_per_function: limits.max_sandboxes_per_function,
         queue_limit: limits.queue as usize,

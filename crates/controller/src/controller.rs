@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use medes_core::SandboxId;
+use medes_core::{Layout, SandboxId};
 use medes_node::{DedupFailure, DedupReport, NodeApi, NodeEvent, StartFailure};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
@@ -67,7 +67,16 @@ impl<N: NodeApi> Controller<N> {
         let config = Arc::new(config);
         let mut table = Table::new(config.clone(), node.memory());
         let mut used = Vec::new();
-        for deployed in store.functions()? {
+        for mut deployed in store.functions()? {
+            // The operator may have joined or parted tenants since it was deployed.
+            let domain = store.domain(config.dedup_group(&deployed.spec.tenant))?;
+            if deployed.spec.domain != domain {
+                deployed.spec.domain = domain;
+                if deployed.spec.layout == Layout::Shared {
+                    deployed.spec.layout_seed = store.domain_seed(domain, crate::random)?;
+                }
+                store.put(&deployed)?;
+            }
             used.push(deployed.spec.code.clone());
             used.extend(deployed.spec.layers.iter().cloned());
             table.install(0, Arc::new(deployed));

@@ -368,6 +368,10 @@ impl NodeApi for FakeNode {
         }
     }
 
+    fn base_bytes(&self, _domain: medes_core::DomainId) -> u64 {
+        0
+    }
+
     fn runtimes(&self) -> Vec<String> {
         vec!["fake".into(), "python3.11".into()]
     }

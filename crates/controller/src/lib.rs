@@ -33,7 +33,7 @@ pub use error::{DeployError, HandError, InvokeError, StoreError};
 pub use functions::{Change, Deploy, DeployMode};
 pub use invoke::InvokeOptions;
 pub use store::Deployed;
-pub use view::{Counts, FunctionView, Info, SandboxView};
+pub use view::{Counts, FunctionView, Info, SandboxView, TenantView};
 
 /// A random number, for seeds and names that nobody may guess.
 fn random() -> u64 {

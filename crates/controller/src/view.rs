@@ -104,6 +104,24 @@ pub struct SandboxView {
     pub restores: u64,
 }
 
+/// What one tenant has. Sizes are bytes.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct TenantView {
+    /// Its name.
+    pub tenant: Tenant,
+    /// Whose base pages its sandboxes may use.
+    pub domain: DomainId,
+    /// Its functions.
+    pub functions: u64,
+    /// Its sandboxes.
+    pub sandboxes: u64,
+    /// What its sandboxes use: private and kernel memory, and what the page store keeps for them
+    /// alone.
+    pub memory: MemoryUse,
+    /// Base snapshots of its dedup domain, which it may share with tenants joined with it.
+    pub base_bytes: u64,
+}
+
 /// The platform as it is shown.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Info {
@@ -167,6 +185,35 @@ impl<N: NodeApi> Controller<N> {
     #[must_use]
     pub fn function(&self, name: &FunctionName) -> Option<FunctionView> {
         self.inner.with(|t, now| view(t, now, &t.function(name)?.spec))
+    }
+
+    /// All tenants that have a function, by name.
+    #[must_use]
+    pub fn tenants(&self) -> Vec<TenantView> {
+        let mut tenants: BTreeMap<Tenant, TenantView> = BTreeMap::new();
+        let mut owners: BTreeMap<FunctionName, Tenant> = BTreeMap::new();
+        for deployed in self.all_deployed() {
+            let spec = &deployed.spec;
+            owners.insert(spec.name.clone(), spec.tenant.clone());
+            let view = tenants.entry(spec.tenant.clone()).or_insert_with(|| TenantView {
+                tenant: spec.tenant.clone(),
+                domain: spec.domain,
+                base_bytes: self.inner.node.base_bytes(spec.domain),
+                ..TenantView::default()
+            });
+            view.functions += 1;
+        }
+        for sandbox in self.sandboxes() {
+            let owner = owners.get(&sandbox.function);
+            if let Some(view) = owner.and_then(|owner| tenants.get_mut(owner)) {
+                view.sandboxes += 1;
+                view.memory.private += sandbox.memory.private;
+                view.memory.kernel += sandbox.memory.kernel;
+                view.memory.store += sandbox.memory.store;
+                view.memory.metadata += sandbox.memory.metadata;
+            }
+        }
+        tenants.into_values().collect()
     }
 
     /// All sandboxes, by function, oldest first.

@@ -33,7 +33,11 @@ impl FromStr for FunctionName {
     fn from_str(s: &str) -> Result<Self, Self::Err> {
         let fits = (1..=64).contains(&s.len())
             && s.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
-        if fits { Ok(Self(s.to_owned())) } else { Err(BadFunctionName(s.chars().take(80).collect())) }
+        if fits {
+            Ok(Self(s.to_owned()))
+        } else {
+            Err(BadFunctionName(s.chars().take(80).collect()))
+        }
     }
 }
 
@@ -52,6 +56,63 @@ impl From<FunctionName> for String {
 }
 
 impl fmt::Display for FunctionName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Whose a function is: 1 to 64 letters, digits, `-` and `_`. What belongs to different tenants is
+/// kept apart: no page of one is ever compared with a page of another.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Tenant(String);
+
+impl Tenant {
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Default for Tenant {
+    fn default() -> Self {
+        Self("default".to_owned())
+    }
+}
+
+/// A tenant's name is 1 to 64 letters, digits, hyphens and underscores
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0:?} is no tenant's name: 1 to 64 letters, digits, hyphens and underscores")]
+pub struct BadTenant(String);
+
+impl FromStr for Tenant {
+    type Err = BadTenant;
+
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        // The same alphabet as a function's name.
+        match s.parse::<FunctionName>() {
+            Ok(name) => Ok(Self(name.into())),
+            Err(_) => Err(BadTenant(s.chars().take(80).collect())),
+        }
+    }
+}
+
+impl TryFrom<String> for Tenant {
+    type Error = BadTenant;
+
+    fn try_from(s: String) -> Result<Self, Self::Error> {
+        s.parse()
+    }
+}
+
+impl From<Tenant> for String {
+    fn from(t: Tenant) -> Self {
+        t.0
+    }
+}
+
+impl fmt::Display for Tenant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -80,7 +141,11 @@ pub struct FunctionSpec {
     pub id: FunctionId,
     /// The name that clients call it by.
     pub name: FunctionName,
-    /// Whose base pages its sandboxes may use.
+    /// Whose function it is.
+    #[serde(default)]
+    pub tenant: Tenant,
+    /// Whose base pages its sandboxes may use: those of its tenant, and of tenants that the
+    /// operator has joined with it.
     pub domain: DomainId,
     /// The runtime's name, such as `python3.11`.
     pub runtime: String,

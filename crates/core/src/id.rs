@@ -6,16 +6,22 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 /// One node of the cluster. Node 0 is the only one when all parts run in one process.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
+)]
 pub struct NodeId(pub u32);
 
 /// A dedup domain: the set of sandboxes that may use each other's base pages. One per tenant
 /// unless the operator joins tenants on purpose.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
+)]
 pub struct DomainId(pub u32);
 
 /// One deployed version of a function's code and settings.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
+)]
 pub struct FunctionId(pub u64);
 
 /// A base snapshot: the pages of one base sandbox, frozen at one moment, owned by the page store

@@ -11,7 +11,7 @@ pub mod id;
 pub mod invocation;
 pub mod sandbox;
 
-pub use function::{FunctionName, FunctionSpec, Layout};
+pub use function::{FunctionName, FunctionSpec, Layout, Tenant};
 pub use id::{DomainId, FunctionId, NodeId, PageRef, RequestId, SandboxId, SnapshotId};
 pub use invocation::{InvocationError, InvocationResult, StartKind, Timing};
 pub use sandbox::{MemoryUse, SandboxState};

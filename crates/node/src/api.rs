@@ -3,7 +3,7 @@
 use std::future::Future;
 
 use bytes::Bytes;
-use medes_core::{FunctionSpec, InvocationError, MemoryUse, RequestId, SandboxId};
+use medes_core::{DomainId, FunctionSpec, InvocationError, MemoryUse, RequestId, SandboxId};
 use serde::{Deserialize, Serialize};
 
 /// One request on its way to a sandbox.
@@ -190,6 +190,9 @@ pub trait NodeApi: Send + Sync + 'static {
 
     /// What the node uses now.
     fn memory(&self) -> NodeMemory;
+
+    /// What the base snapshots of one dedup domain take in the page store, bytes.
+    fn base_bytes(&self, domain: DomainId) -> u64;
 
     /// The names of the runtimes that are installed, such as `python3.11`.
     fn runtimes(&self) -> Vec<String>;

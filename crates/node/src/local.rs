@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use medes_core::{FunctionSpec, InvocationError, Layout, MemoryUse, SandboxId};
+use medes_core::{DomainId, FunctionSpec, InvocationError, Layout, MemoryUse, SandboxId};
 use medes_keeper::protocol::{Answer, Command, Ending, Reply, Start, Started};
 use medes_keeper::{Keeper, KeeperError, Unasked, logs};
 use medes_registry::{LocalRegistry, Registry, RegistryConfig};
@@ -507,6 +507,10 @@ impl NodeApi for Node {
             registry: self.shared.registry.stats().bytes + store.index,
             budget: self.shared.config.memory_budget,
         }
+    }
+
+    fn base_bytes(&self, domain: DomainId) -> u64 {
+        self.shared.store.snapshot_bytes(domain)
     }
 
     fn runtimes(&self) -> Vec<String> {

@@ -1,6 +1,6 @@
 //! The writer's side of the page store: base snapshots, images, references, accounting.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
@@ -380,6 +380,20 @@ impl Store {
             snapshot_count: inner.snapshots.len() as u64,
             image_count: inner.images,
         }
+    }
+
+    /// The memory that base snapshots of one domain take: their pages, each counted once, and their
+    /// tables. All domains together make [`StoreUse::snapshots`].
+    #[must_use]
+    pub fn snapshot_bytes(&self, domain: DomainId) -> u64 {
+        let inner = self.inner.lock();
+        let of = inner.snapshots.values().filter(|e| e.snapshot.domain == domain);
+        let (mut slots, mut tables) = (HashSet::<u32>::new(), 0);
+        for entry in of {
+            slots.extend(entry.snapshot.slots.iter().copied());
+            tables += u64::from(entry.snapshot.record.pages);
+        }
+        (slots.len() as u64 + tables) * PAGE_SIZE as u64
     }
 
     /// Frees retired snapshots that nobody refers to or holds.

@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use clap::Args;
-use medes_core::{FunctionName, Layout};
+use medes_core::{FunctionName, Layout, Tenant};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -49,6 +49,9 @@ pub struct DeployCommand {
     /// At most this many sandboxes at once; 0: the platform's limit.
     #[arg(long, value_name = "N", default_value_t = 0)]
     max_sandboxes: u32,
+    /// Whose function it is. Pages of different tenants are never compared with each other.
+    #[arg(long, default_value = "default")]
+    tenant: Tenant,
     /// A description.
     #[arg(long, default_value = "")]
     description: String,
@@ -77,6 +80,8 @@ pub struct Deploy {
     pub max_sandboxes: u32,
     /// Which sandboxes share a layout.
     pub layout: Layout,
+    /// Whose function it is.
+    pub tenant: Tenant,
     /// A description.
     pub description: String,
 }
@@ -116,6 +121,7 @@ impl DeployCommand {
             timeout_ms: self.timeout.millis(),
             max_sandboxes: self.max_sandboxes,
             layout: self.layout,
+            tenant: self.tenant,
             description: self.description,
         };
         let view: Value = client.put(&format!("/v1/functions/{}", self.name), &deploy)?;

@@ -106,6 +106,7 @@ impl Manifest {
             timeout_ms: example.timeout_s * 1000,
             max_sandboxes: 0,
             layout: Layout::Function,
+            tenant: medes_core::Tenant::default(),
             description: example.description.clone(),
         })
     }
