@@ -55,6 +55,8 @@ enum Command {
     Runtime(commands::runtime::RuntimeCommand),
     Doctor(doctor::DoctorCommand),
     Demo(demo::DemoCommand),
+    Bench(commands::bench::BenchCommand),
+    Analyze(commands::analyze::AnalyzeCommand),
     Version(commands::version::VersionCommand),
     #[command(name = serve::KEEPER_COMMAND, hide = true)]
     Keeper(KeeperCommand),
@@ -102,6 +104,8 @@ fn run(command: Command, global: &Global) -> Outcome {
         Command::Runtime(c) => c.run(global),
         Command::Doctor(c) => c.run(global),
         Command::Demo(c) => c.run(),
+        Command::Bench(c) => c.run(),
+        Command::Analyze(c) => c.run(),
         Command::Version(c) => c.run(global),
         Command::Keeper(c) => {
             let config = KeeperConfig { socket: c.socket, cgroup: c.cgroup };

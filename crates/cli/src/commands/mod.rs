@@ -1,5 +1,7 @@
 //! The commands, one module per group, and what they have in common.
 
+pub mod analyze;
+pub mod bench;
 pub mod config;
 pub mod deploy;
 pub mod functions;

@@ -1,0 +1,242 @@
+//! The engine's speed on one core, over the memory of real functions.
+//!
+//! Every operation goes over the pages of all sandboxes, one after the other, so that pages come
+//! from memory and not from the processor's cache: a sandbox that is deduplicated or restored has
+//! been idle. That is done several times, and of each batch of pages the fastest time counts: it
+//! takes a millisecond or so, so other load on the machine falls out. `memcpy` is timed in the same
+//! way, from the same pages into memory that was used before.
+
+mod timing;
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use medes_core::{Layout, SandboxId};
+use medes_pages::FingerprintConfig;
+use serde::Serialize;
+
+use crate::bank::Bank;
+use crate::dump::Dump;
+use crate::functions::Function;
+use crate::machine::Circumstances;
+use crate::registry::{self, RegistryFigures};
+use crate::testbed::Testbed;
+use crate::{round, share};
+use timing::{Material, Times};
+
+/// Requests that the base sandbox and the other one serve before their memory is taken.
+const REQUESTS: [u32; 2] = [6, 4];
+
+/// How long after its beginning a dedup operation is cancelled, milliseconds.
+const CANCEL_AFTER: [u64; 5] = [2, 5, 10, 15, 20];
+
+/// How to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// How often each batch is timed.
+    pub rounds: usize,
+    /// Entries in the registry that is timed, at least.
+    pub entries: u64,
+    /// The layout of the sandboxes.
+    pub layout: Layout,
+}
+
+/// Speeds over some pages, one core, in 10^9 bytes of pages a second.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Speeds {
+    /// Copying the pages.
+    pub memcpy_gbps: f64,
+    /// Copying that stays in the cache.
+    pub memcpy_cached_gbps: f64,
+    /// Fingerprinting them.
+    pub fingerprint_gbps: f64,
+    /// Encoding and verifying, as a dedup operation does: zero, same place, equal, fingerprint.
+    pub encode_gbps: f64,
+    /// The same for a function whose base pages are not tried at the same address.
+    pub encode_elsewhere_gbps: f64,
+    /// Bringing all of them back: zeroing, copying, decoding.
+    pub decode_gbps: f64,
+    /// Decoding those that are patches.
+    pub decode_patches_gbps: f64,
+}
+
+/// A whole dedup operation on the sandbox that is nearest to 100 MB.
+#[derive(Clone, Debug, Serialize)]
+pub struct WholeOperation {
+    /// The sandbox's function.
+    pub function: String,
+    /// What was charged to the sandbox before, bytes.
+    pub warm_bytes: u64,
+    /// What remains, bytes; the base snapshot apart.
+    pub dedup_bytes: u64,
+    /// The share that is saved.
+    pub saved: f64,
+    /// Pages that were dropped.
+    pub pages: u64,
+    /// From beginning to end, milliseconds.
+    pub total_ms: f64,
+    /// Of that, reading and encoding: a request that comes takes the sandbox back.
+    pub encode_ms: f64,
+    /// Of that, with all threads stopped: a request that comes waits.
+    pub pause_ms: f64,
+    /// From a request's coming, while pages are encoded, until the sandbox runs as if nothing had
+    /// happened: the longest, milliseconds.
+    pub cancel_ms: f64,
+    /// How often that was tried.
+    pub cancelled: usize,
+    /// Bringing all pages back, milliseconds.
+    pub restore_ms: f64,
+}
+
+/// What was measured on one function.
+#[derive(Clone, Debug, Serialize)]
+pub struct FunctionFigures {
+    /// Its name.
+    pub name: String,
+    /// Private pages of the sandbox.
+    pub pages: usize,
+    /// Bytes of patches that remain.
+    pub patch_bytes: u64,
+    /// Speeds over its pages.
+    #[serde(flatten)]
+    pub speeds: Speeds,
+}
+
+/// The whole document.
+#[derive(Clone, Debug, Serialize)]
+pub struct EngineReport {
+    /// Speeds over the pages of all functions.
+    #[serde(flatten)]
+    pub speeds: Speeds,
+    /// Fingerprinting against copying.
+    pub fingerprint_to_memcpy: f64,
+    /// Encoding against copying.
+    pub encode_to_memcpy: f64,
+    /// Decoding against copying.
+    pub decode_to_memcpy: f64,
+    /// The registry.
+    #[serde(flatten)]
+    pub registry: RegistryFigures,
+    /// A whole operation.
+    pub dedup: WholeOperation,
+    /// By function.
+    pub functions: Vec<FunctionFigures>,
+    /// The sandboxes' layout.
+    pub layout: Layout,
+    /// How often each batch was timed; the fastest counts.
+    pub rounds: usize,
+    /// Where and when.
+    #[serde(flatten)]
+    pub circumstances: Circumstances,
+}
+
+/// Measures everything. `say` hears what is going on.
+///
+/// # Errors
+/// If a sandbox does not do what it should.
+pub fn measure(
+    testbed: &Testbed,
+    functions: &[Function],
+    plan: Plan,
+    say: &dyn Fn(&str),
+) -> Result<EngineReport> {
+    let circumstances = Circumstances::now();
+    let mut materials = Vec::new();
+    let mut operations: Vec<WholeOperation> = Vec::new();
+    for function in functions {
+        say(function.name());
+        let (material, operation) =
+            one(testbed, function, plan.layout).with_context(|| function.name().to_owned())?;
+        materials.push(material);
+        operations.push(operation);
+    }
+    say("timing");
+    let times = timing::time(&materials, plan.rounds)?;
+    say("the registry");
+    let registry = registry::measure(plan.entries)?;
+    let speeds = times.iter().sum::<Times>().speeds();
+    let distance = |o: &WholeOperation| o.warm_bytes.abs_diff(100_000_000);
+    let dedup = operations.into_iter().min_by_key(distance).context("no function")?;
+    let figures = functions.iter().zip(&materials).zip(&times).map(|((function, m), times)| {
+        FunctionFigures {
+            name: function.name().to_owned(),
+            pages: m.pages(),
+            patch_bytes: m.patch_bytes(),
+            speeds: times.speeds(),
+        }
+    });
+    Ok(EngineReport {
+        speeds,
+        fingerprint_to_memcpy: share(speeds.fingerprint_gbps, speeds.memcpy_gbps),
+        encode_to_memcpy: share(speeds.encode_gbps, speeds.memcpy_gbps),
+        decode_to_memcpy: share(speeds.decode_gbps, speeds.memcpy_gbps),
+        registry,
+        dedup,
+        functions: figures.collect(),
+        layout: plan.layout,
+        rounds: plan.rounds,
+        circumstances,
+    })
+}
+
+/// Takes the memory of two sandboxes of a function, one to be a base and one to be deduplicated,
+/// and then does the real thing on them.
+fn one(
+    testbed: &Testbed,
+    function: &Function,
+    layout: Layout,
+) -> Result<(Material, WholeOperation)> {
+    let spec = function.spec(layout);
+    let sandboxes = [testbed.start(&spec)?, testbed.start(&spec)?];
+    for ((sandbox, requests), first) in sandboxes.iter().zip(REQUESTS).zip([0, 1000]) {
+        for n in 0..requests {
+            testbed.invoke(&spec, *sandbox, &function.event(first + n))?;
+        }
+    }
+    testbed.settle();
+    let base = testbed.inspect(sandboxes[0], Dump::of)?;
+    let subject = testbed.inspect(sandboxes[1], Dump::of)?;
+    let bank = Bank::with(FingerprintConfig::default(), [(spec.id, &base)])?;
+    let material = Material::new(bank, subject, spec.id)?;
+    let operation = operate(testbed, function, sandboxes)?;
+    Ok((material, operation))
+}
+
+/// A whole operation on the second sandbox, against a base of the first. Both are gone then.
+fn operate(
+    testbed: &Testbed,
+    function: &Function,
+    [base, subject]: [SandboxId; 2],
+) -> Result<WholeOperation> {
+    testbed.dedup(base, true)?;
+    let mut cancels = Vec::new();
+    for after in CANCEL_AFTER.map(Duration::from_millis) {
+        match testbed.cancel_dedup(subject, after)? {
+            Some(time) => cancels.push(time),
+            None => {
+                testbed.restore(subject)?;
+                break;
+            }
+        }
+    }
+    let done = testbed.dedup(subject, false)?;
+    let restored = testbed.restore(subject)?;
+    testbed.purge(base);
+    testbed.purge(subject);
+    let ms = |us: u64| round(us as f64 / 1000.0, 2);
+    let longest = cancels.iter().max().copied().unwrap_or_default();
+    let (before, after) = (done.before.total(), done.after.total());
+    Ok(WholeOperation {
+        function: function.name().to_owned(),
+        warm_bytes: before,
+        dedup_bytes: after,
+        saved: round(1.0 - share(after as f64, before as f64), 4),
+        pages: done.pages,
+        total_ms: ms(done.total_us),
+        encode_ms: ms(done.encode_us),
+        pause_ms: ms(done.commit_us),
+        cancel_ms: round(longest.as_secs_f64() * 1e3, 3),
+        cancelled: cancels.len(),
+        restore_ms: ms(restored.total_us),
+    })
+}
