@@ -15,6 +15,10 @@ const FORGET_AT: f64 = 1_000.0;
 /// Every bucket is taken for having been waited through this often without a request, so that one
 /// lucky reuse does not make a sandbox precious.
 const DOUBT: f64 = 0.25;
+/// Before anything is known, a sandbox idle for a time is taken to be idle for twice that time on
+/// average, and at least for twenty minutes; that belief weighs as much as this many reuses.
+const PRIOR_REUSES: f64 = 0.3;
+const PRIOR_LEAST_S: f64 = 600.0;
 /// Purged sandboxes that are remembered in case that a request would have wanted them.
 const GHOSTS: usize = 64;
 
@@ -127,7 +131,9 @@ impl ReuseGaps {
             reuses += self.reuses[b];
             waited += self.waited[b];
         }
-        reuses / (waited + DOUBT * (ENDS[from] - start(from)) as f64 / 1e3)
+        let doubt = DOUBT * (ENDS[from] - start(from)) as f64 / 1e3;
+        let believed = PRIOR_REUSES * 2.0 * (age_ms as f64 / 1e3).max(PRIOR_LEAST_S);
+        (reuses + PRIOR_REUSES) / (waited + doubt + believed)
     }
 
     /// What becomes of an idle period, interval by interval.
@@ -181,7 +187,7 @@ mod tests {
         assert_eq!(g.quantile_ms(1.0), Some(0));
         // Hopeless after an hour, likely before.
         assert!(g.hazard_from(100_000) > 1.0 / 400.0);
-        assert!(g.hazard_from(3_600_000) < 1e-9);
+        assert!(g.hazard_from(3_600_000) < 1.0 / 3_600.0);
     }
 
     #[test]

@@ -19,6 +19,11 @@ const PLAN_PERIOD_MS: u64 = 60_000;
 /// and what comes at once, needs room too.
 const PLANNED_SHARE: f64 = 0.9;
 
+/// How many times worse than its length a cold start is counted when it is decided who gives way:
+/// the chance of a request is an estimate, and what is purged by mistake can't be had back, while
+/// what is deduplicated by mistake can.
+const COLD_AVERSION: f64 = 4.0;
+
 /// The periods of a sandbox's life, milliseconds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Periods {
@@ -170,6 +175,7 @@ impl Medes {
         let (restore, cold) = model.map_or((0.01, 1.0), |m| {
             (m.dedup_startup - m.warm_startup, m.cold_startup - m.warm_startup)
         });
+        let cold = cold * COLD_AVERSION;
         match s.state {
             SandboxState::Dedup => {
                 Some((per_byte((cold - restore).max(0.0), s.memory), Action::Purge, s.memory))

@@ -35,7 +35,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     ];
     println!(
         "{:>7} {:20} {:>9} {:>9} {:>9} {:>7} {:>9} {:>9} {:>9} {:>8} {:>8} {:>8} {:>7} {:>6}",
-        "MiB", "policy", "requests", "cold", "dedup", "cold%", "start ms", "p99.9", "queue99.9", "mean MB", "dedup MB", "base MB", "evict", "wall"
+        "MiB",
+        "policy",
+        "requests",
+        "cold",
+        "dedup",
+        "cold%",
+        "start ms",
+        "p99.9",
+        "queue99.9",
+        "mean MB",
+        "dedup MB",
+        "base MB",
+        "evict",
+        "wall"
     );
     for mib in args[4].split(',') {
         let mib: u64 = mib.parse()?;
@@ -45,10 +58,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 node_memory: mib << 20,
                 policy,
                 functions: if own { Functions::Trace } else { Functions::Profile },
-                execution: if args.iter().any(|a| a == "exec") { Execution::Trace } else { Execution::Profile },
+                execution: if args.iter().any(|a| a == "exec") {
+                    Execution::Trace
+                } else {
+                    Execution::Profile
+                },
                 ..SimulationConfig::default()
             };
-            let r = simulate(&trace, TraceOptions { speed, ..TraceOptions::default() }, &profile, &config, &mut Silent)?;
+            let r = simulate(
+                &trace,
+                TraceOptions { speed, ..TraceOptions::default() },
+                &profile,
+                &config,
+                &mut Silent,
+            )?;
             println!(
                 "{mib:>7} {:20} {:>9} {:>9} {:>9} {:>7.3} {:>9.2} {:>9.1} {:>9.1} {:>8.0} {:>8.0} {:>8.0} {:>7} {:>6.2}",
                 r.policy_name,

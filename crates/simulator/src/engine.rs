@@ -75,6 +75,9 @@ pub enum SimulateError {
     /// The trace can't be read.
     #[error(transparent)]
     Trace(#[from] TraceError),
+    /// A temporary file or a result can't be written.
+    #[error("writing results: {0}")]
+    Io(#[from] std::io::Error),
     /// There is no node.
     #[error("there must be from 1 to 100000 nodes, not {0}")]
     Nodes(u32),

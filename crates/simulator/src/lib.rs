@@ -17,6 +17,7 @@ mod cluster;
 mod compare;
 mod config;
 mod engine;
+mod evaluation;
 mod event;
 mod latency;
 mod node;
@@ -27,6 +28,7 @@ mod workload;
 pub use compare::{Improvement, Latencies, improvement};
 pub use config::{Bases, Execution, Functions, SimulationConfig};
 pub use engine::{Observer, Outcome, Silent, SimulateError, simulate};
+pub use evaluation::{Experiment, Planned, Run, carry_out, evaluation, policies};
 pub use latency::{LatencyHistogram, LatencySummary};
 pub use profile::{FunctionProfile, Profile, ProfileError};
 pub use result::{
