@@ -122,6 +122,29 @@ impl ImageIndex {
         Ok(())
     }
 
+    /// The stretches of at least `least` bytes, within registered ranges, in which the image has
+    /// no page of a process.
+    #[must_use]
+    pub fn holes(&self, process: usize, least: u64) -> Vec<Range<u64>> {
+        let Some(table) = self.table.processes.get(process) else { return Vec::new() };
+        let mut holes = Vec::new();
+        for (start, length) in &table.registered {
+            let (mut at, end) = (*start, start + length);
+            let first = table.runs.partition_point(|run| run.end() <= at);
+            let inside = table.runs[first..].iter().take_while(|run| run.address < end);
+            for run in inside {
+                if run.address >= at + least {
+                    holes.push(at..run.address);
+                }
+                at = run.end();
+            }
+            if end >= at + least {
+                holes.push(at..end);
+            }
+        }
+        holes
+    }
+
     /// Decodes one page of a [`Piece::Patched`], taking its patch off `patches`.
     ///
     /// # Errors

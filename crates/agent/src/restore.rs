@@ -28,6 +28,11 @@ const ESRCH: i32 = 3;
 /// stay in the processor's cache.
 const BATCH: usize = 64;
 
+/// A stretch of at least so many pages that the image has nothing in is given back to the kernel
+/// before the sandbox runs: memory that is touched there for the first time, such as a heap that
+/// had been trimmed, then costs an ordinary page fault and not a round trip to us.
+const HOLE_PAGES: u64 = 16;
+
 /// Why a restore failed. The sandbox has part of its pages then, and may not run.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
@@ -74,7 +79,11 @@ impl RestoreError {
     /// Whether it only says that the process has ended.
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        matches!(self, Self::Fill(FillError::Gone) | Self::Write(WriteError::Gone(_)))
+        match self {
+            Self::Fill(FillError::Gone) | Self::Write(WriteError::Gone(_)) => true,
+            Self::Release(error) | Self::Events(error) => error.raw_os_error() == Some(ESRCH),
+            _ => false,
+        }
     }
 }
 
@@ -138,9 +147,13 @@ impl HeldImage {
             let table = &index.table().processes[process];
             let registered: Vec<Range<u64>> =
                 table.registered.iter().map(|(start, length)| *start..start + length).collect();
-            let view = AddressView::new(&registered);
+            let mut view = AddressView::new(&registered);
             let features = UserFaultFeatures::EVENTS;
-            let userfault = UserFault::from_parts(userfault, features, registered, None);
+            let mut userfault = UserFault::from_parts(userfault, features, registered, None);
+            for hole in index.holes(process, HOLE_PAGES * PAGE) {
+                userfault.unregister(hole.clone()).map_err(RestoreError::Release)?;
+                view.forget(hole);
+            }
             pages += write_file_pages(&index, process, buffers)?;
             let state = State { userfault, view, filled_to: 0 };
             let space = AddressSpace { index: Arc::clone(&index), process, state: state.into() };

@@ -86,6 +86,11 @@ impl AddressView {
         }
     }
 
+    /// `range` is no longer registered with the userfaultfd.
+    pub fn forget(&mut self, range: Range<u64>) {
+        self.cut(range);
+    }
+
     /// The process unmapped `range`.
     pub fn unmap(&mut self, range: Range<u64>) {
         if !self.cut(range).is_empty() {

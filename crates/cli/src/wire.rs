@@ -70,6 +70,9 @@ pub struct SandboxView {
     /// Its memory now, bytes.
     #[serde(default)]
     pub memory_total: u64,
+    /// Its memory when it was last warm, bytes.
+    #[serde(default)]
+    pub warm_bytes: u64,
     /// The share of its warm memory that is saved now, 0 to 1.
     #[serde(default)]
     pub saved: Option<f64>,

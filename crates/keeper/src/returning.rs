@@ -75,7 +75,10 @@ impl Service {
         for n in 0..SERVERS {
             let shared = Arc::clone(&shared);
             let name = format!("faults-{n}");
-            std::thread::Builder::new().name(name).spawn(move || shared.answer_faults())?;
+            std::thread::Builder::new().name(name).spawn(move || {
+                medes_memory::priority::raise_this_thread();
+                shared.answer_faults();
+            })?;
         }
         let (fills, jobs) = mpsc::channel::<FillJob>();
         let filler = Arc::clone(&shared);

@@ -1,5 +1,14 @@
 //! Scheduling priority of the platform's own threads.
 
+/// Puts the calling thread before every thread of ordinary priority (nice -10), for short work that
+/// stopped threads wait for. Best effort: it needs CAP_SYS_NICE.
+pub fn raise_this_thread() {
+    // SAFETY: as below.
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, -10);
+    }
+}
+
 /// Makes the calling thread yield to every thread of ordinary priority (nice 10), for work that
 /// nobody waits for. Best effort; threads that it starts inherit it.
 pub fn lower_this_thread() {

@@ -237,10 +237,11 @@ impl<'a> Measurement<'a> {
     fn note_memory(&mut self, state: SandboxState) -> Result<Vec<SandboxView>> {
         let sandboxes = self.sandboxes()?;
         self.line.sandboxes(&sandboxes);
-        let sizes = sandboxes.iter().filter(|s| s.state == state).map(|s| s.memory_total);
-        match state {
-            SandboxState::Dedup => self.dedup_bytes.extend(sizes),
-            _ => self.warm_bytes.extend(sizes),
+        for sandbox in sandboxes.iter().filter(|s| s.state == state && state == SandboxState::Dedup)
+        {
+            self.dedup_bytes.push(sandbox.memory_total);
+            // As it was right before the dedup, with all its memory back.
+            self.warm_bytes.push(sandbox.warm_bytes);
         }
         Ok(sandboxes)
     }
