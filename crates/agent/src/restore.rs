@@ -21,8 +21,9 @@ use crate::view::{AddressView, Belongs};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// The kernel's error number for a process that is gone.
+/// The kernel's error numbers for "no such process" and "no memory".
 const ESRCH: i32 = 3;
+const ENOMEM: i32 = 12;
 
 /// Pages decoded before they are copied in one call: enough to make the call cheap, few enough to
 /// stay in the processor's cache.
@@ -151,8 +152,10 @@ impl HeldImage {
             let features = UserFaultFeatures::EVENTS;
             let mut userfault = UserFault::from_parts(userfault, features, registered, None);
             for hole in index.holes(process, HOLE_PAGES * PAGE) {
-                userfault.unregister(hole.clone()).map_err(RestoreError::Release)?;
-                view.forget(hole);
+                // If it can't be split off, its faults come to us, as those of all others do.
+                if userfault.unregister(hole.clone()).is_ok() {
+                    view.forget(hole);
+                }
             }
             pages += write_file_pages(&index, process, buffers)?;
             let state = State { userfault, view, filled_to: 0 };
@@ -378,7 +381,10 @@ impl AddressSpace {
             drop(ranges);
             return match state.userfault.unregister_all() {
                 Ok(()) => Ok(true),
-                Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(true),
+                // The kernel's two ways of saying that the address space is gone.
+                Err(error) if matches!(error.raw_os_error(), Some(ESRCH | ENOMEM)) => {
+                    self.is_gone(&state, error)
+                }
                 Err(error) => Err(RestoreError::Release(error)),
             };
         };
@@ -392,6 +398,15 @@ impl AddressSpace {
             Err(error) => return Err(error),
         }
         Ok(false)
+    }
+
+    /// Whether `error` came from releasing a userfaultfd whose process has ended.
+    fn is_gone(&self, state: &State, error: std::io::Error) -> Result<bool, RestoreError> {
+        let page = state.userfault.registered().first().map_or(0, |range| range.start);
+        match state.userfault.zeropage(page..page + PAGE, true) {
+            Err(FillError::Gone) => Ok(true),
+            _ => Err(RestoreError::Release(error)),
+        }
     }
 
     fn child(&self, state: &State, userfault: OwnedFd) -> Self {
