@@ -9,7 +9,7 @@ use medes_core::{FunctionId, SnapshotId};
 use medes_registry::Registry;
 use parking_lot::Mutex;
 
-use crate::local::Shared;
+use crate::shared::Shared;
 
 /// How often the bases are looked at.
 const INTERVAL: Duration = Duration::from_secs(5);

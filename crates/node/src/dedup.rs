@@ -17,7 +17,7 @@ use medes_store::{ImageHandle, StoreError};
 use tokio::sync::oneshot;
 
 use crate::api::{DedupFailure, DedupReport};
-use crate::local::{Shared, micros};
+use crate::shared::{Shared, micros};
 use crate::table::{Deduplicated, Entry};
 
 /// How long a sandbox may take to freeze. It takes well below a millisecond unless a thread is in

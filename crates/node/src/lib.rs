@@ -11,10 +11,13 @@ pub mod api;
 mod bases;
 mod config;
 mod dedup;
+mod error;
 mod inspect;
 mod local;
+mod operations;
 mod recovery;
 mod runtimes;
+mod shared;
 mod spec;
 mod table;
 
@@ -23,6 +26,7 @@ pub use api::{
     RestoreReport, StartFailure,
 };
 pub use config::{DedupConfig, NodeConfig};
+pub use error::NodeError;
 pub use inspect::InspectError;
-pub use local::{Node, NodeError};
+pub use local::Node;
 pub use runtimes::{RuntimeRecord, Runtimes};

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use medes_sandbox::CgroupRoot;
 
-use crate::local::NodeError;
+use crate::error::NodeError;
 
 /// The right to use a run directory, for as long as this value lives.
 #[derive(Debug)]
