@@ -6,8 +6,8 @@ use std::sync::Arc;
 use medes_pages::{Decoder, PAGE_SIZE, Page};
 use medes_store::{Extent, SnapshotRecord, View};
 
+use crate::error::RestoreError;
 use crate::image::{ImageError, PatchUse, Source, Table, check};
-use crate::restore::RestoreError;
 
 /// An image, its table decoded and checked, every base page that it names known to be there.
 pub struct ImageIndex {

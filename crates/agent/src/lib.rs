@@ -9,9 +9,12 @@
 
 pub mod dedup;
 pub mod encode;
+mod error;
 pub mod image;
 pub mod index;
 pub mod plan;
 pub mod restore;
 pub mod view;
 pub mod working_set;
+
+pub use error::RestoreError;

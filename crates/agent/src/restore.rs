@@ -11,18 +11,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use medes_memory::pages::{PageClass, PageRun};
 use medes_memory::userfault::{CopyMode, Event, FillError, UserFault, UserFaultFeatures};
-use medes_memory::writer::{WriteError, write_pages};
-use medes_pages::{DecodeError, Decoder, PAGE_SIZE, Page};
+use medes_memory::writer::write_pages;
+use medes_pages::{Decoder, PAGE_SIZE, Page};
 use medes_store::{Extent, View};
 
-use crate::image::ImageError;
+use crate::error::{ESRCH, RestoreError};
 use crate::index::{ImageIndex, Piece};
 use crate::view::{AddressView, Belongs};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// The kernel's error numbers for "no such process" and "no memory".
-const ESRCH: i32 = 3;
+/// The kernel's error number for "no memory".
 const ENOMEM: i32 = 12;
 
 /// Pages decoded before they are copied in one call: enough to make the call cheap, few enough to
@@ -33,60 +32,6 @@ const BATCH: usize = 64;
 /// before the sandbox runs: memory that is touched there for the first time, such as a heap that
 /// had been trimmed, then costs an ordinary page fault and not a round trip to us.
 const HOLE_PAGES: u64 = 16;
-
-/// Why a restore failed. The sandbox has part of its pages then, and may not run.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// The image can't be read.
-    #[error(transparent)]
-    Image(#[from] ImageError),
-    /// The image refers to a base page that is not where it should be.
-    #[error("base page {page} of snapshot {snapshot} is not in the page store")]
-    NoBasePage {
-        /// The snapshot's index in the image.
-        snapshot: u16,
-        /// The page.
-        page: u32,
-    },
-    /// A patch does not decode.
-    #[error("a patch does not decode: {0}")]
-    Patch(#[from] DecodeError),
-    /// A patch, or its base page, is not what it was when it was stored.
-    #[error("a page decodes to other content than it was made from: the page store is corrupt")]
-    Corrupt,
-    /// The image has another number of processes than there are userfaultfds.
-    #[error("{descriptors} userfaultfds for {processes} processes")]
-    Descriptors {
-        /// How many userfaultfds were given.
-        descriptors: usize,
-        /// How many processes the image has.
-        processes: usize,
-    },
-    /// The kernel did not take a page.
-    #[error(transparent)]
-    Fill(#[from] FillError),
-    /// The kernel did not take a page of a private file mapping.
-    #[error(transparent)]
-    Write(#[from] WriteError),
-    /// The userfaultfd can't be read.
-    #[error("reading what the process does: {0}")]
-    Events(std::io::Error),
-    /// The userfaultfd could not be released.
-    #[error("releasing the userfaultfd: {0}")]
-    Release(std::io::Error),
-}
-
-impl RestoreError {
-    /// Whether it only says that the process has ended.
-    #[must_use]
-    pub fn is_gone(&self) -> bool {
-        match self {
-            Self::Fill(FillError::Gone) | Self::Write(WriteError::Gone(_)) => true,
-            Self::Release(error) | Self::Events(error) => error.raw_os_error() == Some(ESRCH),
-            _ => false,
-        }
-    }
-}
 
 /// What a restore needs for working, worth keeping from one to the next: memory that was used
 /// before is much faster than new memory.

@@ -10,7 +10,8 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
-use medes_agent::restore::{AddressSpace, RestoreBuffers, RestoreError, Revived, Served};
+use medes_agent::RestoreError;
+use medes_agent::restore::{AddressSpace, RestoreBuffers, Revived, Served};
 use medes_agent::working_set::{Prefetch, WorkingSet};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 

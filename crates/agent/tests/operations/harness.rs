@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use medes_agent::RestoreError;
 use medes_agent::dedup::{DedupError, Deduplicated, Holder, Options, Subject, dedup};
-use medes_agent::restore::{HeldImage, RestoreBuffers, RestoreError, Revived, Served};
+use medes_agent::restore::{HeldImage, RestoreBuffers, Revived, Served};
 use medes_core::{DomainId, FunctionId, NodeId};
 use medes_memory::session::{Freezer, on_tracer_thread};
 use medes_pages::FingerprintConfig;

@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use harness::{Bench, Target};
+use medes_agent::RestoreError;
 use medes_agent::dedup::{DedupError, Hindrance};
-use medes_agent::restore::{RestoreBuffers, RestoreError, Served};
+use medes_agent::restore::{RestoreBuffers, Served};
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
 use medes_memory::pages::{PageClass, PageRun};
 use medes_memory::writer::write_pages;
