@@ -57,6 +57,9 @@ enum Command {
     Demo(demo::DemoCommand),
     Bench(commands::bench::BenchCommand),
     Analyze(commands::analyze::AnalyzeCommand),
+    Trace(commands::trace::TraceCommand),
+    Simulate(Box<commands::simulate::SimulateCommand>),
+    Report(commands::report::ReportCommand),
     Version(commands::version::VersionCommand),
     #[command(name = serve::KEEPER_COMMAND, hide = true)]
     Keeper(KeeperCommand),
@@ -106,6 +109,9 @@ fn run(command: Command, global: &Global) -> Outcome {
         Command::Demo(c) => c.run(),
         Command::Bench(c) => c.run(),
         Command::Analyze(c) => c.run(),
+        Command::Trace(c) => c.run(),
+        Command::Simulate(c) => c.run(),
+        Command::Report(c) => c.run(),
         Command::Version(c) => c.run(global),
         Command::Keeper(c) => {
             let config = KeeperConfig { socket: c.socket, cgroup: c.cgroup };

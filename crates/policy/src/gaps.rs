@@ -164,11 +164,11 @@ impl ReuseGaps {
 
     /// Accounts for the idle time between two ages.
     fn wait(&mut self, from_ms: u64, to_ms: u64) {
-        let last = bucket(to_ms);
-        for b in bucket(from_ms)..=last {
+        let (first, last) = (bucket(from_ms), bucket(to_ms));
+        for (b, waited) in self.waited.iter_mut().enumerate().take(last + 1).skip(first) {
+            // The last bucket has no end.
             let end = if b == last { to_ms } else { ENDS[b] };
-            let begin = start(b).max(from_ms);
-            self.waited[b] += end.saturating_sub(begin) as f64 / 1e3;
+            *waited += end.saturating_sub(start(b).max(from_ms)) as f64 / 1e3;
         }
     }
 }

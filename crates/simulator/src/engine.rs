@@ -302,7 +302,7 @@ impl<'a> Engine<'a> {
         let now_ms = self.now_ms();
         let request = self.requests;
         self.requests += 1;
-        if request % PROGRESS_EVERY == 0 {
+        if request.is_multiple_of(PROGRESS_EVERY) {
             self.observer.progress(now_ms, request);
         }
         let bits = self.workload.bits(request);

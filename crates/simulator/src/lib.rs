@@ -25,6 +25,8 @@ mod profile;
 mod result;
 mod workload;
 
+pub use medes_policy::PolicyConfig;
+
 pub use compare::{Improvement, Latencies, improvement};
 pub use config::{Bases, Execution, Functions, SimulationConfig};
 pub use engine::{Observer, Outcome, Silent, SimulateError, simulate};

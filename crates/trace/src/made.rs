@@ -236,7 +236,7 @@ impl Pattern {
             }
             Self::Poisson { per_minute } => random.poisson(per_minute),
             Self::Bursty { per_minute, shape, period } => {
-                if minute % period == 0 {
+                if minute.is_multiple_of(period) {
                     *level = random.gamma(shape);
                 }
                 random.poisson(per_minute * *level)

@@ -8,8 +8,11 @@ pub mod functions;
 pub mod invoke;
 pub mod logs;
 pub mod ps;
+pub mod report;
 pub mod runtime;
+pub mod simulate;
 pub mod state;
+pub mod trace;
 pub mod version;
 
 use std::path::PathBuf;
