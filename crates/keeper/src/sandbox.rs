@@ -201,6 +201,8 @@ impl Held {
         let mut sets = lock(&self.common.working_sets);
         memory.teach(sets.entry(self.working_set).or_default());
         drop(sets);
+        let (faults, pages) = memory.counts();
+        tracing::debug!(sandbox = %self.id, faults, pages, "memory back so far, after a request");
         if memory.take_fill_order() {
             let (held, of) = (Arc::clone(self), Arc::clone(memory));
             self.common.service.fill_later(memory, move || {
