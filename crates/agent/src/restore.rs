@@ -276,7 +276,11 @@ impl AddressSpace {
         buffers: &mut RestoreBuffers,
     ) -> Result<u64, RestoreError> {
         let mut state = self.lock();
-        self.put_back_locked(&mut state, range, buffers)
+        let mut pages = 0;
+        for part in state.view.parts(range) {
+            pages += self.put_back_locked(&mut state, part, buffers)?;
+        }
+        Ok(pages)
     }
 
     /// `range` must lie within one piece of the view.

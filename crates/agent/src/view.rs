@@ -67,6 +67,17 @@ impl AddressView {
         }
     }
 
+    /// The parts of `range` that belong to the image, each in one piece.
+    #[must_use]
+    pub fn parts(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        let before = self.pieces.range(..=range.start).next_back().map_or(range.start, |(s, _)| *s);
+        self.pieces
+            .range(before..range.end)
+            .filter(|(_, piece)| piece.image.is_some() && piece.end > range.start)
+            .map(|(start, piece)| range.start.max(*start)..range.end.min(piece.end))
+            .collect()
+    }
+
     /// All ranges that belong to the image: (where they are now, their address in the image).
     pub fn ranges(&self) -> impl Iterator<Item = (Range<u64>, u64)> + '_ {
         self.pieces.iter().filter_map(|(start, p)| Some((*start..p.end, p.image?)))
@@ -143,6 +154,9 @@ mod tests {
         view.remove(0x3000..0x4000);
         assert_eq!(view.around(0x5000, 0x0..0x10000), 0x4000..0x9000);
         assert_eq!(view.around(0x3000, 0x0..0x10000), 0x3000..0x3000);
+        assert_eq!(view.parts(0x0..0x3000)[0], 0x1000..0x3000);
+        assert_eq!(view.parts(0x2000..0x9800), [0x2000..0x3000, 0x4000..0x9000, 0x9000..0x9800]);
+        assert!(view.parts(0xa000..0xb000).is_empty());
         assert!(!view.has_moved());
         view.remap(0x4000, 0x20000, 0x2000);
         assert_eq!(view.at(0x21000), Belongs::Image(0x5000));
