@@ -141,6 +141,10 @@ impl Held {
             self.hear(event);
         }
         let ending = self.clean_up().await;
+        if self.working_set == self.id.0 {
+            // Its alone: its addresses were like no other's.
+            lock(&self.common.working_sets).remove(&self.working_set);
+        }
         let (starting, pending) = {
             let mut state = self.lock();
             state.ended = Some(ending.clone());
