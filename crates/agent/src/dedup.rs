@@ -708,9 +708,14 @@ fn table<'e>(
                 }
             }
         }
+        let is_heap = |range: &&Range<u64>| {
+            process.mappings.iter().any(|mapping| mapping.heap && mapping.start == range.start)
+        };
+        let with_length = |range: &Range<u64>| (range.start, range.end - range.start);
         table.processes.push(ProcessTable {
             pid: process.pid,
-            registered: ranges.iter().map(|r| (r.start, r.end - r.start)).collect(),
+            registered: ranges.iter().map(with_length).collect(),
+            heap: ranges.iter().filter(is_heap).map(with_length).collect(),
             runs: runs.finish(),
         });
     }

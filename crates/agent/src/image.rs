@@ -56,6 +56,8 @@ pub struct ProcessTable {
     pub pid: i32,
     /// Address ranges (start, length) registered with its userfaultfd.
     pub registered: Vec<(u64, u64)>,
+    /// Those of them that are the `brk` heap.
+    pub heap: Vec<(u64, u64)>,
     /// Pages that are not zero, by rising address.
     pub runs: Vec<Run>,
 }
@@ -180,6 +182,9 @@ impl Table {
                     return Err(ImageError::Broken("a reference to no snapshot"));
                 }
             }
+            if !process.heap.iter().all(|range| process.registered.contains(range)) {
+                return Err(ImageError::Broken("a heap that is not registered"));
+            }
             for (start, length) in &process.registered {
                 if (start | length) % PAGE_SIZE as u64 != 0 || start.checked_add(*length).is_none()
                 {
@@ -261,7 +266,8 @@ mod tests {
         let id = SnapshotId { node: NodeId(0), number: 1 };
         let snapshots = vec![SnapshotUse { id, record: Extent { start: 9, pages: 1 } }];
         let registered = vec![(PAGE, 64 * PAGE)];
-        Table { snapshots, processes: vec![ProcessTable { pid: 7, registered, runs }] }
+        let process = ProcessTable { pid: 7, registered, heap: vec![], runs };
+        Table { snapshots, processes: vec![process] }
     }
 
     #[test]

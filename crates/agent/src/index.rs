@@ -122,13 +122,13 @@ impl ImageIndex {
         Ok(())
     }
 
-    /// The stretches of at least `least` bytes, within registered ranges, in which the image has
-    /// no page of a process.
+    /// The stretches of at least `least` bytes, within the heap of a process, in which the image
+    /// has no page of it.
     #[must_use]
     pub fn holes(&self, process: usize, least: u64) -> Vec<Range<u64>> {
         let Some(table) = self.table.processes.get(process) else { return Vec::new() };
         let mut holes = Vec::new();
-        for (start, length) in &table.registered {
+        for (start, length) in &table.heap {
             let (mut at, end) = (*start, start + length);
             let first = table.runs.partition_point(|run| run.end() <= at);
             let inside = table.runs[first..].iter().take_while(|run| run.address < end);

@@ -33,6 +33,8 @@ pub struct MappingPlan {
     pub end: u64,
     /// What becomes of it.
     pub kind: MappingKind,
+    /// Whether it is the `brk` heap.
+    pub heap: bool,
     /// Runs of pages that are kept in the image, by address.
     pub runs: Vec<PageRun>,
 }
@@ -124,7 +126,8 @@ impl ProcessPlan {
                 runs = vec![PageRun { start: mapping.start, pages, class }];
             }
             let (start, end) = (mapping.start, mapping.end);
-            mappings.push(MappingPlan { start, end, kind, runs });
+            let heap = mapping.kind == medes_memory::mappings::MappingKind::Heap;
+            mappings.push(MappingPlan { start, end, kind, heap, runs });
         }
         Ok(Self { pid, mappings })
     }

@@ -28,9 +28,11 @@ const ENOMEM: i32 = 12;
 /// stay in the processor's cache.
 const BATCH: usize = 64;
 
-/// A stretch of at least so many pages that the image has nothing in is given back to the kernel
-/// before the sandbox runs: memory that is touched there for the first time, such as a heap that
-/// had been trimmed, then costs an ordinary page fault and not a round trip to us.
+/// A stretch of the heap of at least so many pages that the image has nothing in is given back to
+/// the kernel before the sandbox runs: memory that is touched there for the first time, because the
+/// heap had been trimmed, then costs an ordinary page fault and not a round trip to us. It cuts the
+/// mapping in two for the kernel, and a program may not mremap two mappings at once; the heap,
+/// which belongs to the C library, is not moved.
 const HOLE_PAGES: u64 = 16;
 
 /// What a restore needs for working, worth keeping from one to the next: memory that was used
