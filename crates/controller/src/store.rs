@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use medes_core::{DomainId, FunctionId, FunctionSpec};
+use parking_lot::RwLock;
 use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
 use serde::{Deserialize, Serialize};
 
@@ -36,7 +37,9 @@ pub struct Deployed {
 /// The embedded database in the data directory. It holds secrets (layout seeds, environment
 /// variables), so only its owner may read it.
 pub(crate) struct Store {
-    database: Database,
+    /// After a failed write the database takes nothing more until it is opened again (a full disk
+    /// may have room by then). `None` while it could not be.
+    database: RwLock<Option<Database>>,
     path: PathBuf,
 }
 
@@ -49,7 +52,7 @@ impl Store {
         let database = Database::create(path).map_err(|e| failed(e.into()))?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
             .map_err(|source| StoreError::Io { path: path.display().to_string(), source })?;
-        let store = Self { database, path: path.to_owned() };
+        let store = Self { database: RwLock::new(Some(database)), path: path.to_owned() };
         store.write(|t| {
             t.open_table(FUNCTIONS)?;
             t.open_table(SEEDS)?;
@@ -151,28 +154,46 @@ impl Store {
         &self,
         f: impl FnOnce(&redb::ReadTransaction) -> Result<(), redb::Error>,
     ) -> Result<(), StoreError> {
-        let run = || {
-            let transaction = self.database.begin_read()?;
-            f(&transaction)
-        };
-        run().map_err(|e| self.failed(e))
+        self.with(|database| f(&database.begin_read()?))
     }
 
     fn write(
         &self,
         f: impl FnOnce(&redb::WriteTransaction) -> Result<(), redb::Error>,
     ) -> Result<(), StoreError> {
-        let run = || {
-            let transaction = self.database.begin_write()?;
+        self.with(|database| {
+            let transaction = database.begin_write()?;
             f(&transaction)?;
             transaction.commit()?;
             Ok(())
-        };
-        run().map_err(|e| self.failed(e))
+        })
     }
 
-    fn failed(&self, source: redb::Error) -> StoreError {
-        StoreError::Database { path: self.path.display().to_string(), source: Box::new(source) }
+    fn with(&self, f: impl FnOnce(&Database) -> Result<(), redb::Error>) -> Result<(), StoreError> {
+        let failed = |source| StoreError::Database {
+            path: self.path.display().to_string(),
+            source: Box::new(source),
+        };
+        if self.database.read().is_none() {
+            self.reopen().map_err(failed)?;
+        }
+        let result = match &*self.database.read() {
+            Some(database) => f(database),
+            None => Err(redb::Error::PreviousIo),
+        };
+        if let Err(redb::Error::Io(_) | redb::Error::PreviousIo) = &result {
+            // What comes next says so if this fails.
+            let _ = self.reopen();
+        }
+        result.map_err(failed)
+    }
+
+    fn reopen(&self) -> Result<(), redb::Error> {
+        let mut database = self.database.write();
+        // Closed first: it can't be open twice.
+        *database = None;
+        *database = Some(Database::create(&self.path)?);
+        Ok(())
     }
 }
 
