@@ -108,7 +108,7 @@ async fn launch(
     let keeper = Keeper::launch(
         &config.keeper_program,
         &config.keeper_arguments,
-        &config.run_dir.join("keeper.sock"),
+        &recovery::keeper_socket(&config.run_dir),
         &recovery::keeper_log(&config.run_dir),
         store.memory().descriptor(),
         tell,

@@ -1,6 +1,7 @@
 //! One instance at a time, and nothing left of the one before.
 
 use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -60,6 +61,11 @@ pub(crate) fn keeper_pid_file(run_dir: &Path) -> PathBuf {
     run_dir.join("keeper.pid")
 }
 
+/// Where the keeper listens.
+pub(crate) fn keeper_socket(run_dir: &Path) -> PathBuf {
+    run_dir.join("keeper.sock")
+}
+
 /// Where the keeper writes what nobody asked it for.
 pub(crate) fn keeper_log(run_dir: &Path) -> PathBuf {
     run_dir.join("keeper.log")
@@ -71,30 +77,30 @@ pub(crate) fn clean_up(run_dir: &Path, root: &CgroupRoot) -> Result<usize, NodeE
     let pid_file = keeper_pid_file(run_dir);
     if let Ok(text) = std::fs::read_to_string(&pid_file) {
         if let Ok(pid) = text.trim().parse::<i32>() {
-            kill_keeper(pid);
+            kill_keeper(pid, &keeper_socket(run_dir));
         }
         let _ = std::fs::remove_file(&pid_file);
     }
     let left = root.list()?.len();
     root.remove_all(Duration::from_secs(10))?;
-    let _ = std::fs::remove_file(run_dir.join("keeper.sock"));
+    let _ = std::fs::remove_file(keeper_socket(run_dir));
     Ok(left)
 }
 
-/// Kills the process if it is a keeper; its number may be somebody else's by now.
-fn kill_keeper(pid: i32) {
+/// Kills the process if it is the keeper of this socket; its number may be somebody else's by now.
+fn kill_keeper(pid: i32, socket: &Path) {
     use nix::sys::signal::{Signal, kill};
-    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let is_keeper = command.split(|b| *b == 0).any(|argument| argument == b"keeper");
-    if is_keeper {
-        let pid = nix::unistd::Pid::from_raw(pid);
-        // Not asked: its sandboxes are killed below in any case, whatever state it is in.
-        let _ = kill(pid, Signal::SIGKILL);
-        for _ in 0..500 {
-            if kill(pid, None).is_err() {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(10));
+    let is_keeper = || {
+        // Empty as soon as the process is dead, even if nobody has buried it yet.
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        command.split(|b| *b == 0).any(|argument| argument == socket.as_os_str().as_bytes())
+    };
+    for _ in 0..500 {
+        if !is_keeper() {
+            return;
         }
+        // Not asked: its sandboxes are killed below in any case, whatever state it is in.
+        let _ = kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
