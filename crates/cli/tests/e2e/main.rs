@@ -1,0 +1,15 @@
+//! The whole platform, from deployment to removal, as its users meet it. Each test runs a platform
+//! of its own; they need root, and what `make test` prepares.
+
+mod client;
+mod platform;
+mod remains;
+
+mod bad_input;
+mod commands;
+mod isolation;
+mod lifecycle;
+mod recovery;
+mod shutdown;
+mod start_up;
+mod state;
