@@ -25,14 +25,14 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 # The four functions of the plain demo need only these layers.
 DEMO_LAYERS = $(if $(findstring --all,$(ARGS))$(findstring --functions,$(ARGS)),,numpy pillow web)
 
-.PHONY: demo test build lint install clean setup layers runtime
+.PHONY: demo test build lint install clean setup layers runtime boto3
 
 demo: build
 	@python="$(PYTHON)"; scripts/build-layers --python "$$python" $(DEMO_LAYERS); \
 	target/release/medes demo --python "$$python" $(ARGS)
 
 # The runner comes last, so that its summary does.
-test: setup layers runtime
+test: setup layers runtime boto3
 	cd examples/functions && "$(PYTHON)" -m unittest
 	@if cargo nextest --version >/dev/null 2>&1; then \
 		MEDES_TEST_PYTHON="$(PYTHON)" cargo nextest run --workspace --locked; \
@@ -61,6 +61,15 @@ setup:
 
 layers: setup
 	@scripts/build-layers --python "$(PYTHON)"
+
+# AWS's client for Python, which the tests speak Lambda's API with.
+boto3: setup .cache/boto3
+
+.cache/boto3: crates/cli/tests/e2e/requirements.txt | setup
+	@rm -rf $@ $@.new
+	@"$(PYTHON)" -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
+		--no-deps --target $@.new --requirement $<
+	@mv $@.new $@ && touch $@
 
 # What tests start functions with; the demo finds it there too.
 runtime: setup

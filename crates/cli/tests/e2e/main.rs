@@ -8,6 +8,7 @@ mod remains;
 mod bad_input;
 mod commands;
 mod isolation;
+mod lambda;
 mod lifecycle;
 mod recovery;
 mod shutdown;

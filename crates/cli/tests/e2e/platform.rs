@@ -427,6 +427,13 @@ pub fn runtime() -> String {
     names.pop().expect("`make test` installs a runtime")
 }
 
+/// The interpreter that the runtime was made of.
+pub fn interpreter() -> PathBuf {
+    let record = fs::read(runtimes().join(runtime()).join("runtime.json")).unwrap();
+    let record: Value = serde_json::from_slice(&record).unwrap();
+    record["interpreter"].as_str().unwrap().into()
+}
+
 fn runtimes() -> PathBuf {
     prepared("runtimes")
 }
