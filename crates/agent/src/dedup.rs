@@ -32,7 +32,8 @@ use crate::image::{PatchUse, ProcessTable, RunBuilder, SnapshotUse, Table};
 use crate::plan::{MappingKind, Plan, PlanError};
 
 /// Pages read and encoded at a time: 1 MiB, which stays in the second-level cache, and few enough
-/// that a request that cancels waits less than a millisecond for it.
+/// to be read and fingerprinted in less than a millisecond: a request that cancels waits for that,
+/// or for one page to be encoded.
 const BATCH: u32 = 256;
 
 /// An image may take at most three quarters of the pages that it stands for.
@@ -379,7 +380,7 @@ impl Operation<'_> {
         let held: Mutex<HashMap<SnapshotId, Arc<Snapshot>>> = Mutex::default();
         let work = || -> Result<(), DedupError> {
             let fingerprinter = Fingerprinter::new(self.options.fingerprints);
-            let mut encoder = PageEncoder::new(bases, fingerprinter);
+            let mut encoder = PageEncoder::new(bases, fingerprinter).stop_on(self.cancel);
             let mut buffer = page_buffer();
             let mut places = Vec::with_capacity(BATCH as usize);
             loop {
@@ -390,9 +391,11 @@ impl Operation<'_> {
                 places.clear();
                 places.extend(addresses(batch));
                 let mut part = Part { hash: hash(pages), ..Part::default() };
-                encoder
-                    .encode(&places, pages, &mut part.sources, &mut part.patches)
-                    .map_err(Hindrance::Encode)?;
+                let encoded = encoder.encode(&places, pages, &mut part.sources, &mut part.patches);
+                encoded.map_err(|error| match error {
+                    EncodeError::Stopped => DedupError::Cancelled,
+                    error => Hindrance::Encode(error).into(),
+                })?;
                 let image = part.patches.len() as u64;
                 let image = kept.fetch_add(image, Ordering::Relaxed) + image;
                 if image > all / WORTH.1 * WORTH.0 {
