@@ -39,3 +39,11 @@ pub(crate) fn mean(values: impl IntoIterator<Item = f64>) -> f64 {
     let (sum, n) = values.into_iter().fold((0.0, 0u32), |(sum, n), v| (sum + v, n + 1));
     if n == 0 { 0.0 } else { round(sum / f64::from(n), 4) }
 }
+
+/// The median; 0 of nothing.
+#[must_use]
+pub(crate) fn median(times: &[std::time::Duration]) -> std::time::Duration {
+    let mut times = times.to_vec();
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}

@@ -8,7 +8,7 @@ use medes_pages::{ChunkHash, Fingerprint, MAX_CARDINALITY};
 use medes_registry::{LocalRegistry, Near, Registry, RegistryConfig, Scope};
 use serde::Serialize;
 
-use crate::round;
+use crate::{median, round};
 
 /// Chunks in the fingerprint of a page, the paper's choice.
 const CHUNKS: usize = 5;
@@ -22,7 +22,7 @@ const BATCH: usize = 256;
 /// Pages looked up. Their entries lie in more memory than processors cache.
 const LOOKUPS: u64 = 400_000;
 
-/// How often each lookup is timed.
+/// How often each lookup is timed; the median counts.
 const ROUNDS: usize = 5;
 
 /// What a large registry costs.
@@ -61,17 +61,17 @@ pub fn measure(entries: u64) -> Result<RegistryFigures> {
     let near = Near { node: NodeId(0), function: FunctionId(0) };
     let speed = |name: &dyn Fn(u64) -> u64| -> Result<f64> {
         let queries: Vec<Fingerprint> = (0..LOOKUPS).map(|n| fingerprint(name(mix(n)))).collect();
-        let mut best = vec![Duration::MAX; queries.len().div_ceil(BATCH)];
+        let mut times = vec![Vec::with_capacity(ROUNDS); queries.len().div_ceil(BATCH)];
         let mut found = Vec::new();
         for _ in 0..ROUNDS {
-            for (batch, best) in queries.chunks(BATCH).zip(&mut best) {
+            for (batch, times) in queries.chunks(BATCH).zip(&mut times) {
                 found.clear();
                 let start = Instant::now();
                 registry.lookup_within(domain, near, Scope::Any, batch, &mut found)?;
-                *best = start.elapsed().min(*best);
+                times.push(start.elapsed());
             }
         }
-        let seconds = best.iter().sum::<Duration>().as_secs_f64();
+        let seconds = times.iter().map(|times| median(times)).sum::<Duration>().as_secs_f64();
         Ok(round((queries.len() * CHUNKS) as f64 / seconds, 0))
     };
     let stats = registry.stats();

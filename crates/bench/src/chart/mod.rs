@@ -134,8 +134,9 @@ fn across(analysis: &Analysis, out: &mut String) {
 
 fn figures(analysis: &Analysis, out: &mut String) {
     out.push_str(
-        "<section>\n<h2>The figures</h2>\n<p>Pages of zeros are a share of all private memory; \
-         every other figure leaves them out.</p>\n<div class=\"scroll\"><table>\n<thead><tr>\
+        "<section>\n<h2>The figures</h2>\n<p>Private memory is what belongs to the process alone; \
+         files that several processes map are shared by the kernel anyway and are no part of it. \
+         Pages of zeros are a share of it, and every other figure leaves them out.</p>\n<div class=\"scroll\"><table>\n<thead><tr>\
          <th></th><th></th><th>private MB</th><th>zero pages</th>",
     );
     for size in &analysis.chunk_sizes {

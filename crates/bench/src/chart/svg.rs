@@ -32,7 +32,7 @@ impl Lines<'_> {
     const WIDTH: f64 = 220.0;
     const HEIGHT: f64 = 130.0;
     const LEFT: f64 = 34.0;
-    const RIGHT: f64 = 10.0;
+    const RIGHT: f64 = 16.0;
     const TOP: f64 = 8.0;
     const BOTTOM: f64 = 22.0;
 
@@ -108,7 +108,7 @@ impl Heatmap<'_> {
         let side = Self::CELL * self.names.len() as f64;
         let mut out = format!(
             "<svg viewBox=\"0 0 {} {}\" role=\"img\" aria-label=\"redundancy by pair\">\n",
-            Self::LEFT + side + 24.0,
+            Self::LEFT + side + 56.0,
             Self::TOP + side + 2.0
         );
         for (n, name) in self.names.iter().enumerate() {
@@ -141,7 +141,7 @@ impl Heatmap<'_> {
                     escape(a),
                     escape(b),
                     share * 100.0,
-                    if *share > 0.75 { " on" } else { "" },
+                    if *share > 0.85 { " on" } else { "" },
                     x + Self::CELL / 2.0,
                     y + Self::CELL / 2.0 + 3.5,
                     share * 100.0

@@ -2,9 +2,9 @@
 //!
 //! Every operation goes over the pages of all sandboxes, one after the other, so that pages come
 //! from memory and not from the processor's cache: a sandbox that is deduplicated or restored has
-//! been idle. That is done several times, and of each batch of pages the fastest time counts: it
-//! takes a millisecond or so, so other load on the machine falls out. `memcpy` is timed in the same
-//! way, from the same pages into memory that was used before.
+//! been idle. That is done several times, and of each batch of pages the median time counts: a
+//! batch takes a millisecond or so, so being interrupted by other load falls out. `memcpy` is timed
+//! in the same way, page by page as all else, from the same pages into memory that was used before.
 
 mod timing;
 
@@ -123,7 +123,7 @@ pub struct EngineReport {
     pub functions: Vec<FunctionFigures>,
     /// The sandboxes' layout.
     pub layout: Layout,
-    /// How often each batch was timed; the fastest counts.
+    /// How often each batch was timed; the median counts.
     pub rounds: usize,
     /// Where and when.
     #[serde(flatten)]

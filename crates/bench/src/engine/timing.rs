@@ -12,7 +12,7 @@ use medes_registry::Scope;
 use super::Speeds;
 use crate::bank::{BATCH, Bank, EncodedBatch};
 use crate::dump::Dump;
-use crate::round;
+use crate::{median, round};
 
 /// One sandbox's pages and the base pages for them.
 pub(super) struct Material {
@@ -98,8 +98,8 @@ struct Bench<'m> {
     /// Touched before: what the first touch of new memory costs is the kernel's.
     target: Vec<Page>,
     cached: Vec<Page>,
-    /// By batch and operation.
-    best: Vec<[Duration; Operation::ALL.len()]>,
+    /// By batch and operation, one for each round.
+    times: Vec<[Vec<Duration>; Operation::ALL.len()]>,
 }
 
 impl<'m> Bench<'m> {
@@ -115,16 +115,16 @@ impl<'m> Bench<'m> {
             out: EncodedBatch::default(),
             target: vec![[0xff; PAGE_SIZE]; pages],
             cached: vec![[0xff; PAGE_SIZE]; 2 * BATCH],
-            best: vec![[Duration::MAX; Operation::ALL.len()]; pages.div_ceil(BATCH)],
+            times: vec![Default::default(); pages.div_ceil(BATCH)],
         }
     }
 
     fn go_over(&mut self, operation: Operation) -> Result<()> {
-        for batch in 0..self.best.len() {
+        for batch in 0..self.times.len() {
             let start = Instant::now();
             self.work(operation, batch)?;
-            let best = &mut self.best[batch][operation as usize];
-            *best = start.elapsed().min(*best);
+            let time = start.elapsed();
+            self.times[batch][operation as usize].push(time);
         }
         let as_it_was = operation != Operation::Decode || self.target == self.material.dump.pages();
         ensure!(as_it_was, "decoding gave other pages than were encoded");
@@ -139,7 +139,9 @@ impl<'m> Bench<'m> {
         let target = &mut self.target[first..last];
         match operation {
             Operation::Copy => {
-                target.copy_from_slice(pages);
+                for (page, target) in pages.iter().zip(&mut *target) {
+                    target.copy_from_slice(black_box(page));
+                }
                 black_box(target);
             }
             Operation::CopyInCache => {
@@ -179,11 +181,11 @@ impl<'m> Bench<'m> {
         Times(Operation::ALL.map(|operation| {
             let pages = match operation {
                 Operation::DecodePatches => patches,
-                Operation::CopyInCache => self.best.len() * BATCH,
+                Operation::CopyInCache => self.times.len() * BATCH,
                 _ => self.material.pages(),
             };
-            let time = self.best.iter().map(|best| best[operation as usize]).sum();
-            Work { bytes: (pages * PAGE_SIZE) as u64, time }
+            let times = self.times.iter().map(|times| median(&times[operation as usize]));
+            Work { bytes: (pages * PAGE_SIZE) as u64, time: times.sum() }
         }))
     }
 }

@@ -34,7 +34,7 @@ enum What {
 struct EngineCommand {
     #[command(flatten)]
     run: Run,
-    /// How often each piece of work is timed; the fastest counts.
+    /// How often each piece of work is timed; the median counts.
     #[arg(long, value_name = "N", default_value_t = 9,
           value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
