@@ -10,6 +10,7 @@ mod adaptive;
 mod base;
 mod decision;
 mod eviction;
+mod explain;
 mod forecast;
 mod gaps;
 mod greedy_dual;
@@ -29,6 +30,7 @@ pub use decision::{
     Simple,
 };
 pub use eviction::{DEDUP_FREES_PERCENT, Evicting, Eviction, Need, evict_least_recently_used};
+pub use explain::{Expected, Explanation, Target, explain};
 pub use forecast::forecast;
 pub use gaps::{Interval, ReuseGaps};
 pub use greedy_dual::{AgingClock, GreedyDual};

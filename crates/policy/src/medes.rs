@@ -83,17 +83,20 @@ impl Medes {
     #[must_use]
     pub fn keep(&self, now_ms: u64, stats: &FunctionStats) -> (u64, u64) {
         let p = self.periods.of(stats);
-        let warm_ms = match self.objective {
+        let (warm_ms, longest) = match self.objective {
             Objective::Latency { alpha } => {
                 let alpha = stats.settings.alpha.unwrap_or(alpha);
                 let share = Model::of(stats, now_ms).map(|m| m.allowed_dedup_share(alpha));
-                share.and_then(|share| stats.gaps().quantile_ms(share))
+                (share.and_then(|share| stats.gaps().quantile_ms(share)), p.keep_alive_ms)
             }
-            Objective::Memory { .. } => stats.directive.warm_ms,
+            // What the plan has memory for may stay warm for longer.
+            Objective::Memory { .. } => {
+                (stats.directive.warm_ms, stats.directive.warm_ms.unwrap_or(p.keep_alive_ms))
+            }
         };
         // What nobody knows anything about goes dedup after the idle period, as in the paper's
         // infeasible case.
-        let warm_ms = warm_ms.unwrap_or(p.idle_ms).clamp(p.idle_ms, p.keep_alive_ms.max(p.idle_ms));
+        let warm_ms = warm_ms.unwrap_or(p.idle_ms).clamp(p.idle_ms, longest.max(p.idle_ms));
         let purge_ms = stats.directive.purge_ms.unwrap_or(0).max(warm_ms + p.keep_dedup_ms);
         (warm_ms, purge_ms)
     }

@@ -5,6 +5,8 @@
 //! could be moved from one function to another and save more; the price at which all that is
 //! bought fits the budget is found by bisection.
 
+use serde::{Deserialize, Serialize};
+
 use crate::gaps::Interval;
 use crate::model::Model;
 
@@ -22,7 +24,7 @@ pub struct Buyer {
 }
 
 /// How long a function's sandboxes are kept. Milliseconds after the last request.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Keep {
     /// Until then they stay warm.
     pub warm_ms: u64,

@@ -1,4 +1,4 @@
-//! Makes all runs of the evaluation: `cargo run --release --example evaluate -- TRACE OUT.json`.
+//! Makes all runs of the evaluation: `cargo run --release --example evaluate -- TRACE OUT.json [WANTED [HEADROOM]]`.
 
 use std::io::Write;
 use std::path::Path;
@@ -10,7 +10,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().collect();
     let trace = Trace::open(Path::new(&args[1]))?;
     let mut out = std::io::BufWriter::new(std::fs::File::create(&args[2])?);
-    let plan = evaluation(1);
+    let mut plan = evaluation(1);
+    if let Some(wanted) = args.get(3) {
+        plan.retain(|p| format!("{:?} {}", p.experiment, p.label).contains(wanted.as_str()));
+    }
+    if let Some(headroom) = args.get(4) {
+        plan.iter_mut().for_each(|p| p.config.headroom = headroom.parse().unwrap_or(0.2));
+    }
     let mut n = 0;
     carry_out(
         &plan,

@@ -89,7 +89,7 @@ impl Default for SimulationConfig {
             bases: Bases::Cluster { bandwidth: 1e10 },
             base_threshold: DEFAULT_BASE_THRESHOLD,
             max_dedups: 4,
-            headroom: 0.2,
+            headroom: 0.1,
             max_sandboxes_per_function: 1_000,
             warmup_ms: 0,
             sample_ms: 60_000,

@@ -202,6 +202,19 @@ pub fn evaluation(seed: u64) -> Vec<Planned> {
             config(0, medes(target, Form::Served, keep_alive, keep_dedup)),
         );
     }
+    for gb in [6, 9, 12, 15, 18, 21, 24, 27, 30] {
+        let budget = Objective::Memory { budget: gb * GB };
+        for idle_ms in [MINUTE, MINUTE / 6] {
+            let policy = PolicyConfig::Medes {
+                objective: budget,
+                form: Form::Served,
+                idle_ms,
+                keep_alive_ms: 10 * MINUTE,
+                keep_dedup_ms: 60 * MINUTE,
+            };
+            trade(&mut plan, "Medes P2", config(0, policy));
+        }
+    }
     for (idle, keep_dedup) in [(1, 15), (2, 15), (5, 15), (1, 60)] {
         let policy = PolicyConfig::Simple {
             idle_ms: idle * MINUTE,

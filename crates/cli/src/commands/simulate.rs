@@ -73,7 +73,7 @@ pub struct SimulateCommand {
     #[arg(long, value_name = "N", default_value_t = 4)]
     max_dedups: u32,
     /// Share of a node's memory that is kept free by dedup, percent.
-    #[arg(long, value_name = "PERCENT", default_value_t = 20,
+    #[arg(long, value_name = "PERCENT", default_value_t = 10,
           value_parser = clap::value_parser!(u8).range(0..=50))]
     headroom: u8,
     /// Everything random comes from this.
