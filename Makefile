@@ -2,6 +2,7 @@
 #
 #   make demo      installs what is needed, builds, and shows it all
 #   make test      installs what is needed and runs all tests
+#   make evaluate  simulates the policies on 20 nodes and writes a page about it
 #
 # Settings, as in `make demo ARGS=--all PYTHON=/usr/bin/python3.12`:
 #
@@ -9,6 +10,8 @@
 #            3.13, with pip; the first of python3.13, python3.12, python3.11
 #            and python3 that is one of these
 #   ARGS     arguments for `medes demo`: --all, --functions a,b, --json FILE...
+#   TRACE    the arrivals for `make evaluate`: a file or directory of the Azure
+#            Functions data sets; without it, some are made like them
 #   PREFIX   where `make install` puts the command
 
 SHELL := /bin/bash
@@ -18,6 +21,7 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 
 PREFIX ?= /usr/local
 ARGS ?=
+TRACE ?=
 # Evaluated where it is used, not here: `setup` may have to install it first.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
@@ -25,7 +29,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 # The four functions of the plain demo need only these layers.
 DEMO_LAYERS = $(if $(findstring --all,$(ARGS))$(findstring --functions,$(ARGS)),,numpy pillow web)
 
-.PHONY: demo test build lint install clean setup layers runtime boto3
+.PHONY: demo test evaluate build lint install clean setup layers runtime boto3
 
 demo: build
 	@python="$(PYTHON)"; scripts/build-layers --python "$$python" $(DEMO_LAYERS); \
@@ -39,6 +43,16 @@ test: setup layers runtime boto3
 	else \
 		MEDES_TEST_PYTHON="$(PYTHON)" cargo test --workspace --locked; \
 	fi
+
+evaluate: build
+	@dir=.cache/evaluation; trace="$(TRACE)"; rm -rf "$$dir/runs"; mkdir -p "$$dir"; \
+	if [ -z "$$trace" ]; then \
+		trace="$$dir/trace"; \
+		target/release/medes trace make "$$trace" --functions 1600 --requests 5000000 --seed 1; \
+	fi; \
+	target/release/medes simulate "$$trace" --evaluation --out "$$dir/runs"; \
+	target/release/medes report "$$dir/runs" --out "$$dir/report.html" \
+		--origin "make evaluate TRACE=$(TRACE)"
 
 build: setup
 	cargo build --release --locked --package medes

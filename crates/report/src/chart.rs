@@ -5,7 +5,7 @@ use crate::svg::{Anchor, Svg};
 
 const LEFT: f64 = 52.0;
 const RIGHT: f64 = 14.0;
-const TOP: f64 = 12.0;
+const TOP: f64 = 24.0;
 const BOTTOM: f64 = 38.0;
 
 /// A line of a chart, or a set of dots.

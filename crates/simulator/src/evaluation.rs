@@ -12,6 +12,8 @@ use crate::result::SimulationResult;
 
 const MINUTE: u64 = 60_000;
 const GB: u64 = 1_000_000_000;
+/// What the pools are called, the largest first.
+const PRESSURES: [&str; 4] = ["no limit", "no pressure", "medium pressure", "extreme pressure"];
 
 /// What a run is part of.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -111,15 +113,10 @@ pub fn evaluation(seed: u64) -> Vec<Planned> {
         ..SimulationConfig::default()
     };
     let mut plan = Vec::new();
-    let pools = [
-        ("no limit", 0),
-        ("no pressure", 40 * GB),
-        ("medium pressure", 30 * GB),
-        ("extreme pressure", 20 * GB),
-    ];
-    for paper in [false, true] {
-        for (pressure, bytes) in pools {
-            let pressure = pressure.to_owned();
+    // The functions as the paper has them are larger; its pools have the same ratios.
+    for (paper, pools) in [(false, [0, 40, 30, 20]), (true, [0, 60, 45, 30])] {
+        for (pressure, gb) in PRESSURES.into_iter().zip(pools) {
+            let (pressure, bytes) = (pressure.to_owned(), gb * GB);
             for (label, policy) in policies() {
                 let experiment = if paper {
                     Experiment::Paper { pressure: pressure.clone(), bytes }
@@ -159,7 +156,8 @@ pub fn evaluation(seed: u64) -> Vec<Planned> {
         add("Medes P1", medes(target, Form::Served, 10, 60));
     }
     for gb in [10, 15, 20, 25, 30, 35, 40] {
-        for (label, policy) in policies() {
+        let shown = ["Fixed keep-alive", "Adaptive", "Medes P1, paper", "Medes P2"];
+        for (label, policy) in policies().into_iter().filter(|(label, _)| shown.contains(label)) {
             sweep("pool", "GB", gb as f64, label, gb * GB, policy);
         }
     }
@@ -202,7 +200,7 @@ pub fn evaluation(seed: u64) -> Vec<Planned> {
             config(0, medes(target, Form::Served, keep_alive, keep_dedup)),
         );
     }
-    for gb in [6, 9, 12, 15, 18, 21, 24, 27, 30] {
+    for gb in [9, 12, 15, 18, 21, 24, 28] {
         let budget = Objective::Memory { budget: gb * GB };
         for idle_ms in [MINUTE, MINUTE / 6] {
             let policy = PolicyConfig::Medes {
@@ -295,11 +293,18 @@ pub fn carry_out(
 
 fn hand_over(
     planned: &Planned,
-    result: SimulationResult,
+    mut result: SimulationResult,
     improvement: Option<Improvement>,
     done: &mut dyn FnMut(Run) -> std::io::Result<()>,
 ) -> Result<(), SimulateError> {
     let (experiment, label) = (planned.experiment.clone(), planned.label.clone());
+    if matches!(experiment, Experiment::Sweep { .. }) {
+        // Of these only totals are shown, and there are many.
+        result.functions.clear();
+        result.timeline.clear();
+        result.end_to_end_curve.clear();
+        result.startup_curve.clear();
+    }
     done(Run { experiment, label, result, improvement })?;
     Ok(())
 }

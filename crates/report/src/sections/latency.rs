@@ -78,10 +78,10 @@ pub(super) fn improvements(runs: &[Run]) -> Option<String> {
         "<section><h2>Request by request</h2><p>The same requests with fixed keep-alive and with \
          another policy on the same pool: how many were answered at least a tenth sooner, how many \
          later, and by what factor the luckiest and unluckiest fared.</p><div class=\"scroll\">\
-         <table><tr><th>pool</th><th>policy</th><th>sooner</th><th>later</th><th>worst 0.1 %</th>\
+         <table><tr><th>pool</th><th style=\"text-align:left\">policy</th><th>sooner</th><th>later</th><th>worst 0.1 %</th>\
          <th>best 1 %</th><th>best 0.1 %</th><th>best 0.01 %</th></tr>",
     );
-    for pool in &pools {
+    for pool in pools.iter().filter(|p| p.bytes > 0 || pools.len() == 1) {
         let mut name = escape(&pool.title());
         for run in &pool.runs {
             let Some(i) = &run.improvement else { continue };
