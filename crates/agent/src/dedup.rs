@@ -540,6 +540,7 @@ impl Operation<'_> {
         }
         let mut buffer = page_buffer();
         for (batch, expected) in batches.iter().zip(&encoded.hashes) {
+            self.check_cancelled()?;
             if hash(read(batch, &mut buffer)?) != *expected {
                 return Err(Hindrance::Changed.into());
             }
