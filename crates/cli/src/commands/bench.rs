@@ -217,9 +217,10 @@ fn engine_table(report: &EngineReport) -> String {
         "\nof memcpy: fingerprint {}, encode {}, decode {}; memcpy in the cache {:.1} GB/s\n\
          registry: {} entries of {:.1} bytes, {:.1} million chunk lookups a second ({:.1} of \
          chunks not there)\n\
-         a whole dedup of {} ({} MB): {:.0} ms, of which {:.0} ms encode and {:.1} ms pause; \
-         {} saved\n\
-         taking a sandbox back while it encodes: {:.2} ms at most of {}; restore {:.1} ms\n",
+         a whole dedup of {} ({} MB): {:.0} ms, of which {:.0} ms encode and {:.1} ms pause \
+         ({:.0} ms of processor time); {} saved\n\
+         taking a sandbox back while it encodes: {:.2} ms at most of {}; a restore until it runs: \
+         {:.1} ms\n",
         percent(report.fingerprint_to_memcpy),
         percent(report.encode_to_memcpy),
         percent(report.decode_to_memcpy),
@@ -233,6 +234,7 @@ fn engine_table(report: &EngineReport) -> String {
         d.total_ms,
         d.encode_ms,
         d.pause_ms,
+        d.cpu_ms,
         percent(d.saved),
         d.cancel_ms,
         d.cancelled,
