@@ -48,7 +48,7 @@ evaluate: build
 	@dir=.cache/evaluation; trace="$(TRACE)"; rm -rf "$$dir/runs"; mkdir -p "$$dir"; \
 	if [ -z "$$trace" ]; then \
 		trace="$$dir/trace"; \
-		target/release/medes trace make "$$trace" --functions 1600 --requests 5000000 --seed 1; \
+		target/release/medes trace make "$$trace" --functions 2300 --requests 6000000 --seed 1; \
 	fi; \
 	target/release/medes simulate "$$trace" --evaluation --out "$$dir/runs"; \
 	target/release/medes report "$$dir/runs" --out "$$dir/report.html" \

@@ -59,6 +59,7 @@ enum Command {
     Analyze(commands::analyze::AnalyzeCommand),
     Trace(commands::trace::TraceCommand),
     Simulate(Box<commands::simulate::SimulateCommand>),
+    Replay(Box<commands::replay::ReplayCommand>),
     Report(commands::report::ReportCommand),
     Version(commands::version::VersionCommand),
     #[command(name = serve::KEEPER_COMMAND, hide = true)]
@@ -111,6 +112,7 @@ fn run(command: Command, global: &Global) -> Outcome {
         Command::Analyze(c) => c.run(),
         Command::Trace(c) => c.run(),
         Command::Simulate(c) => c.run(),
+        Command::Replay(c) => c.run(global),
         Command::Report(c) => c.run(),
         Command::Version(c) => c.run(global),
         Command::Keeper(c) => {

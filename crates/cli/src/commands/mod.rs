@@ -8,6 +8,7 @@ pub mod functions;
 pub mod invoke;
 pub mod logs;
 pub mod ps;
+pub mod replay;
 pub mod report;
 pub mod runtime;
 pub mod simulate;
