@@ -267,7 +267,8 @@ fn deploy_sends_the_whole_description() {
         json!({
             "runtime": "python3.11", "handler": "app.handler", "code": {"directory": path},
             "layers": [path], "environment": {"A": "b=c"}, "memory_mib": 128,
-            "timeout_ms": 1500, "max_sandboxes": 3, "layout": "random", "description": ""
+            "timeout_ms": 1500, "max_sandboxes": 3, "layout": "random", "tenant": "default",
+            "description": ""
         })
     );
 }

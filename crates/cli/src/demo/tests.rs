@@ -116,7 +116,7 @@ impl Player {
             .map(|s| {
                 let bytes = if s.state == "dedup" { 1_000_000 } else { 20_000_000 };
                 json!({"id": s.id.to_string(), "function": "f", "state": s.state,
-                       "memory_total": bytes})
+                       "memory_total": bytes, "warm_bytes": 20_000_000})
             })
             .collect();
         json!({ "sandboxes": list })
