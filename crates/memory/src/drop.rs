@@ -65,9 +65,10 @@ pub fn drop_pages(
     discard(process, ranges, &mut || {
         // A report of a range that is being dropped says nothing new; the kernel may report
         // it in parts. Errors mean that the process is gone, which the call's end will tell.
-        let _ = userfault.queue_events(|removed| {
+        let expected = |removed: &Range<u64>| {
             ranges.iter().any(|range| range.start <= removed.start && removed.end <= range.end)
-        });
+        };
+        userfault.queue_events(expected).unwrap_or(0) > 0
     })
 }
 
@@ -84,7 +85,7 @@ pub fn drop_file_pages(
     process: &mut SeizedProcess,
     ranges: &[Range<u64>],
 ) -> Result<Dropped, DropError> {
-    discard(process, ranges, &mut || {})
+    discard(process, ranges, &mut || false)
 }
 
 /// Puts empty anonymous memory in the place of a private file mapping, which a userfaultfd can
@@ -114,7 +115,7 @@ pub fn replace_file_mapping(
 fn discard(
     process: &mut SeizedProcess,
     ranges: &[Range<u64>],
-    meanwhile: &mut dyn FnMut(),
+    meanwhile: &mut dyn FnMut() -> bool,
 ) -> Result<Dropped, DropError> {
     let aligned = |range: &&Range<u64>| {
         range.start.is_multiple_of(PAGE_SIZE)
@@ -142,7 +143,7 @@ fn discard(
 fn discard_vector(
     process: &mut SeizedProcess,
     ranges: &[Range<u64>],
-    meanwhile: &mut dyn FnMut(),
+    meanwhile: &mut dyn FnMut() -> bool,
     dropped: &mut Dropped,
 ) -> Result<usize, DropError> {
     let Some(own_pidfd) = features::own_pidfd_for_madvise() else { return Ok(0) };
@@ -188,7 +189,7 @@ fn discard_vector(
 fn discard_one(
     process: &mut SeizedProcess,
     range: &Range<u64>,
-    meanwhile: &mut dyn FnMut(),
+    meanwhile: &mut dyn FnMut() -> bool,
     dropped: &mut Dropped,
 ) -> Result<(), DropError> {
     let len = range.end - range.start;

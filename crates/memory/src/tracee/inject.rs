@@ -118,11 +118,12 @@ impl SeizedProcess {
     /// # Errors
     /// See [`InjectError`]. Not for errors of the call itself.
     pub fn inject_syscall(&mut self, nr: i64, args: [u64; 6]) -> Result<i64, InjectError> {
-        self.inject_syscall_with(nr, args, &mut || {})
+        self.inject_syscall_with(nr, args, &mut || false)
     }
 
     /// Like [`inject_syscall`](Self::inject_syscall); `meanwhile` runs again and again until
-    /// the call returns, and must not block. For calls that wait for something the caller does.
+    /// the call returns, and must not block; it says
+    /// whether it had something to do. For calls that wait for something the caller does.
     ///
     /// # Errors
     /// As for [`inject_syscall`](Self::inject_syscall).
@@ -130,7 +131,7 @@ impl SeizedProcess {
         &mut self,
         nr: i64,
         args: [u64; 6],
-        meanwhile: &mut dyn FnMut(),
+        meanwhile: &mut dyn FnMut() -> bool,
     ) -> Result<i64, InjectError> {
         self.prepare()?;
         let result = self.run(nr, args, meanwhile);
@@ -318,7 +319,7 @@ impl SeizedProcess {
         &mut self,
         nr: i64,
         args: [u64; 6],
-        meanwhile: &mut dyn FnMut(),
+        meanwhile: &mut dyn FnMut() -> bool,
     ) -> Result<i64, InjectError> {
         let pid = self.pid;
         let waited = self.options.call_deadline;
@@ -379,7 +380,7 @@ impl SeizedProcess {
             stop::interrupt(tid).map_err(lost)?;
             let until = Instant::now() + self.options.call_deadline;
             loop {
-                match Waiter::until(until).wait(pid, tid, &mut || {}) {
+                match Waiter::until(until).wait(pid, tid, &mut || false) {
                     Some(Stop::Event) => break,
                     Some(Stop::Exited) => return Err(InjectError::Gone(pid)),
                     Some(Stop::Signal(libc::SIGSTOP)) => self.stopped_by_signal = true,

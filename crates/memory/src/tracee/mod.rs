@@ -329,7 +329,7 @@ impl SeizedProcess {
                 continue;
             }
             let mut waiter = Waiter::until(until);
-            match waiter.wait(pid, tid, &mut || {}) {
+            match waiter.wait(pid, tid, &mut || false) {
                 Some(Stop::Event) => {
                     self.threads[index].stopped = true;
                     index += 1;
@@ -411,7 +411,7 @@ impl SeizedProcess {
                 // thread that stopped since.
                 Err(_) => {
                     let mut waiter = Waiter::until(until);
-                    match waiter.wait(self.pid, thread.tid, &mut || {}) {
+                    match waiter.wait(self.pid, thread.tid, &mut || false) {
                         Some(Stop::Exited) => self.reap(thread.tid),
                         Some(Stop::Signal(signal)) => {
                             let _ = stop::detach_with(thread.tid, signal);

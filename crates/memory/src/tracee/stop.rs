@@ -121,10 +121,18 @@ impl Waiter {
     }
 
     /// Waits until the thread is in a stop or has exited; `None` at the deadline. `meanwhile`
-    /// runs before every poll.
-    pub(super) fn wait(&mut self, pid: i32, tid: i32, meanwhile: &mut dyn FnMut()) -> Option<Stop> {
+    /// runs before every poll; as long as it says that it had something to do, nobody sleeps.
+    pub(super) fn wait(
+        &mut self,
+        pid: i32,
+        tid: i32,
+        meanwhile: &mut dyn FnMut() -> bool,
+    ) -> Option<Stop> {
         loop {
-            meanwhile();
+            if meanwhile() {
+                // It is waited for at every step: sleeping would cost the steps' number of sleeps.
+                self.polls = 0;
+            }
             match current(tid) {
                 Ok(Some(stop)) => return Some(stop),
                 Ok(None) => {}

@@ -69,16 +69,21 @@ impl UserFault {
     }
 
     /// Reads what waits and keeps it for [`read_events`](Self::read_events), except dropped
-    /// ranges for which `expected` holds.
+    /// ranges for which `expected` holds; returns the number read.
     pub(crate) fn queue_events(
         &mut self,
         expected: impl Fn(&Range<u64>) -> bool,
-    ) -> io::Result<()> {
+    ) -> io::Result<usize> {
         let queued = &mut self.queued;
-        read_into(&self.fd, |event| match event {
-            Event::Remove(range) if expected(&range) => {}
-            event => queued.push_back(event),
-        })
+        let mut read = 0;
+        read_into(&self.fd, |event| {
+            read += 1;
+            match event {
+                Event::Remove(range) if expected(&range) => {}
+                event => queued.push_back(event),
+            }
+        })?;
+        Ok(read)
     }
 }
 
