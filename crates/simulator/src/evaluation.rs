@@ -202,7 +202,7 @@ pub fn evaluation(seed: u64) -> Vec<Planned> {
     }
     for gb in [9, 12, 15, 18, 21, 24, 28] {
         let budget = Objective::Memory { budget: gb * GB };
-        for idle_ms in [MINUTE, MINUTE / 6] {
+        for idle_ms in [MINUTE, MINUTE / 3] {
             let policy = PolicyConfig::Medes {
                 objective: budget,
                 form: Form::Served,
