@@ -219,6 +219,13 @@ fn answer(result: InvocationResult) -> Response {
     set("x-medes-startup-us", result.timing.startup_us.to_string());
     set("x-medes-execution-us", result.timing.execution_us.to_string());
     set("x-medes-total-us", result.timing.total_us.to_string());
+    if let Some(memory) = &result.memory {
+        set("x-medes-prefetch-us", memory.prefetch_us.to_string());
+        set("x-medes-thaw-us", memory.thaw_us.to_string());
+        set("x-medes-pages-before", memory.pages_before.to_string());
+        set("x-medes-pages-on-demand", memory.pages_on_demand.to_string());
+        set("x-medes-faults", memory.faults.to_string());
+    }
     if let Some(error) = &result.error {
         let own = serde_json::from_slice::<Value>(&result.payload).ok();
         let own = own.as_ref().and_then(|document| document["errorType"].as_str());

@@ -93,7 +93,12 @@ fn sandboxes_are_shown_and_moved_by_hand() {
         (&all["results"][0]["sandbox"], &all["results"][0]["error"]),
         (&json!(id), &Value::Null)
     );
-    assert_eq!(door.post("/v1/functions/f/invoke", "1").header("x-medes-start"), "dedup");
+    let r = door.post("/v1/functions/f/invoke", "1");
+    assert_eq!(r.header("x-medes-start"), "dedup");
+    let memory = ["pages-before", "prefetch-us", "thaw-us", "faults", "pages-on-demand"]
+        .map(|name| r.header(&format!("x-medes-{name}")));
+    assert_eq!(memory, ["7", "3", "1", "2", "2"]);
+    assert_eq!(door.post("/v1/functions/f/invoke", "1").header("x-medes-faults"), "");
     door.node.behave(|b| b.stays_warm = 100);
     let all = door.post("/v1/functions/f/dedup", "").json();
     assert_eq!(all["results"][0]["error"]["code"], "StaysWarm");

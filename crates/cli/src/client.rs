@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::time::Duration;
 
-use medes_core::{FunctionName, RequestId, SandboxId, StartKind, Timing};
+use medes_core::{FunctionName, MemoryReturn, RequestId, SandboxId, StartKind, Timing};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -63,6 +63,8 @@ pub struct Answer {
     pub start: Option<StartKind>,
     /// Where the time went.
     pub timing: Timing,
+    /// How its memory came back, if the request found its sandbox in the dedup state.
+    pub memory: Option<MemoryReturn>,
     /// The error's type if `payload` is an error document.
     pub error: Option<String>,
     /// The answer or the error document.
@@ -176,7 +178,7 @@ impl Client {
         let path = format!("/v1/functions/{function}/invoke");
         let response = self.send(Method::POST, &path, Some(payload.to_vec()))?;
         let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok());
-        let us = |name: &str| header(name).and_then(|v| v.parse().ok()).unwrap_or(0);
+        let number = |name: &str| header(name).and_then(|v| v.parse().ok()).unwrap_or(0);
         let start = match header("x-medes-start") {
             Some("cold") => Some(StartKind::Cold),
             Some("warm") => Some(StartKind::Warm),
@@ -188,11 +190,18 @@ impl Client {
             sandbox: header("x-medes-sandbox").and_then(|v| v.parse().ok()),
             start,
             timing: Timing {
-                queue_us: us("x-medes-queue-us"),
-                startup_us: us("x-medes-startup-us"),
-                execution_us: us("x-medes-execution-us"),
-                total_us: us("x-medes-total-us"),
+                queue_us: number("x-medes-queue-us"),
+                startup_us: number("x-medes-startup-us"),
+                execution_us: number("x-medes-execution-us"),
+                total_us: number("x-medes-total-us"),
             },
+            memory: header("x-medes-pages-before").is_some().then(|| MemoryReturn {
+                pages_before: number("x-medes-pages-before"),
+                prefetch_us: number("x-medes-prefetch-us"),
+                thaw_us: number("x-medes-thaw-us"),
+                faults: number("x-medes-faults"),
+                pages_on_demand: number("x-medes-pages-on-demand"),
+            }),
             error: header("x-medes-error").map(str::to_owned),
             payload: Vec::new(),
         };

@@ -215,11 +215,15 @@ impl FakeNode {
 }
 
 fn answer(payload: impl Into<Bytes>) -> Outcome {
-    Outcome { payload: payload.into(), error: None, execution_us: 0, alive: true }
+    let payload = payload.into();
+    // As of a restore that put 7 pages back, and a request that waited for two more; only told
+    // after a restore.
+    Outcome { payload, error: None, execution_us: 0, faults: 2, pages: 9, alive: true }
 }
 
 fn failed(error: InvocationError, alive: bool) -> Outcome {
-    Outcome { payload: Bytes::new(), error: Some(error), execution_us: 0, alive }
+    let error = Some(error);
+    Outcome { payload: Bytes::new(), error, execution_us: 0, faults: 0, pages: 0, alive }
 }
 
 impl NodeApi for FakeNode {
@@ -343,7 +347,9 @@ impl NodeApi for FakeNode {
             self.remove(sandbox);
             return Err(RestoreFailure("a page is missing".into()));
         }
-        if self.leave(sandbox, Phase::Warm) { Ok(RestoreReport::default()) } else { Err(gone()) }
+        let report =
+            RestoreReport { pages: 7, pages_us: 3, thaw_us: 1, ..RestoreReport::default() };
+        if self.leave(sandbox, Phase::Warm) { Ok(report) } else { Err(gone()) }
     }
 
     async fn purge(&self, sandbox: SandboxId) {

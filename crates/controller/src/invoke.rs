@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use medes_core::{
-    FunctionName, InvocationError, InvocationResult, RequestId, SandboxId, StartKind, Timing,
+    FunctionName, InvocationError, InvocationResult, MemoryReturn, RequestId, SandboxId, StartKind,
+    Timing,
 };
-use medes_node::{Invocation, NodeApi, Outcome, RestoreFailure, StartFailure};
+use medes_node::{Invocation, NodeApi, Outcome, RestoreFailure, RestoreReport, StartFailure};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -52,6 +53,8 @@ struct Lease {
     sandbox: SandboxId,
     deployed: Arc<Deployed>,
     start: StartKind,
+    /// The restore that made it ready, if there was one.
+    restored: Option<RestoreReport>,
 }
 
 impl<N: NodeApi> Controller<N> {
@@ -136,15 +139,16 @@ impl<N: NodeApi> Inner<N> {
             match grant {
                 Grant::Ready { sandbox, deployed, start, startup_us } => {
                     waited_for_start(startup_us);
-                    return Ok(Ok(Lease { sandbox, deployed, start }));
+                    return Ok(Ok(Lease { sandbox, deployed, start, restored: None }));
                 }
                 Grant::Restore { sandbox, deployed } => {
                     timing.queue_us += waited_us;
                     let began = Instant::now();
                     let restored = self.restore(sandbox).await;
                     timing.startup_us += micros(began);
-                    if restored {
-                        return Ok(Ok(Lease { sandbox, deployed, start: StartKind::Dedup }));
+                    if restored.is_some() {
+                        let start = StartKind::Dedup;
+                        return Ok(Ok(Lease { sandbox, deployed, start, restored }));
                     }
                     again = true;
                 }
@@ -196,8 +200,8 @@ impl<N: NodeApi> Inner<N> {
         }
     }
 
-    /// Restores a sandbox for a request; false if that request needs another one.
-    async fn restore(self: &Arc<Self>, sandbox: SandboxId) -> bool {
+    /// Restores a sandbox for a request; `None` if that request needs another one.
+    async fn restore(self: &Arc<Self>, sandbox: SandboxId) -> Option<RestoreReport> {
         let result = self
             .guarded(move |inner| async move { inner.node.restore(sandbox).await })
             .await
@@ -205,12 +209,12 @@ impl<N: NodeApi> Inner<N> {
         match result {
             Ok(report) => {
                 tracing::debug!(%sandbox, took_us = report.total_us, "restored");
-                self.with(|t, now| t.restored(now, sandbox))
+                self.with(|t, now| t.restored(now, sandbox)).then_some(report)
             }
             Err(failure) => {
                 tracing::warn!(%sandbox, error = %failure, "the request gets another sandbox");
                 self.change(|t, now| t.gone(now, sandbox));
-                false
+                None
             }
         }
     }
@@ -223,7 +227,7 @@ impl<N: NodeApi> Inner<N> {
         options: &InvokeOptions,
         mut timing: Timing,
     ) -> InvocationResult {
-        let Lease { sandbox, deployed, start } = lease;
+        let Lease { sandbox, deployed, start, restored } = lease;
         let (sandbox, start) = (*sandbox, *start);
         let timeout_ms = deployed.spec.timeout_ms;
         let invocation = Invocation {
@@ -238,6 +242,8 @@ impl<N: NodeApi> Inner<N> {
             payload: Bytes::new(),
             error: Some(error),
             execution_us,
+            faults: 0,
+            pages: 0,
             alive: false,
         };
         let operation = self.guarded(move |inner| async move {
@@ -260,6 +266,13 @@ impl<N: NodeApi> Inner<N> {
             outcome.error = Some(InvocationError::ResponseTooLarge { bytes });
         }
         timing.execution_us = outcome.execution_us;
+        let memory = restored.map(|report| MemoryReturn {
+            pages_before: report.pages,
+            prefetch_us: report.pages_us,
+            thaw_us: report.thaw_us,
+            faults: outcome.faults,
+            pages_on_demand: outcome.pages.saturating_sub(report.pages),
+        });
 
         // The sandbox is given back before the answer goes out, so that a client which asks again
         // at once finds it.
@@ -293,6 +306,7 @@ impl<N: NodeApi> Inner<N> {
             sandbox: Some(sandbox),
             start,
             timing,
+            memory,
             payload: document.unwrap_or_else(|| outcome.payload.into()),
             error: outcome.error,
         }
@@ -316,6 +330,7 @@ impl<N: NodeApi> Inner<N> {
             sandbox: None,
             start: StartKind::Cold,
             timing,
+            memory: None,
             payload: document,
             error: Some(error),
         }

@@ -39,6 +39,22 @@ pub struct Timing {
     pub total_us: u64,
 }
 
+/// What it took to bring a dedup sandbox's memory back for one request: part of its startup and of
+/// its execution. Times are microseconds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct MemoryReturn {
+    /// Pages put back before the sandbox ran: its function's working set.
+    pub pages_before: u64,
+    /// Putting them back; part of [`Timing::startup_us`].
+    pub prefetch_us: u64,
+    /// Letting the sandbox run; part of [`Timing::startup_us`].
+    pub thaw_us: u64,
+    /// Times that a thread waited for a page while the request ran.
+    pub faults: u64,
+    /// Pages put back for those.
+    pub pages_on_demand: u64,
+}
+
 /// Why a function gave no result. The names are the `errorType` that Lambda's clients see.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum InvocationError {
@@ -74,6 +90,8 @@ pub struct InvocationResult {
     pub start: StartKind,
     /// Where the time went.
     pub timing: Timing,
+    /// How its memory came back, if it found its sandbox in the dedup state.
+    pub memory: Option<MemoryReturn>,
     /// The function's answer, or the error document.
     pub payload: Vec<u8>,
     /// Set when `payload` is an error document.

@@ -13,5 +13,5 @@ pub mod sandbox;
 
 pub use function::{FunctionName, FunctionSpec, Layout, Tenant};
 pub use id::{DomainId, FunctionId, NodeId, PageRef, RequestId, SandboxId, SnapshotId};
-pub use invocation::{InvocationError, InvocationResult, StartKind, Timing};
+pub use invocation::{InvocationError, InvocationResult, MemoryReturn, StartKind, Timing};
 pub use sandbox::{MemoryUse, SandboxState};

@@ -30,6 +30,11 @@ pub struct Outcome {
     pub error: Option<InvocationError>,
     /// From handing the request to the runtime until its answer, microseconds.
     pub execution_us: u64,
+    /// Page faults answered since the sandbox was last restored, while its memory is on its way
+    /// back; 0 once all of it is there.
+    pub faults: u64,
+    /// Pages put back since then, those of the restore itself included.
+    pub pages: u64,
     /// Whether the sandbox can serve another request. When false it is gone already.
     pub alive: bool,
 }

@@ -111,8 +111,12 @@ impl Shared {
             self.kill(sandbox).await;
             return outcome(begin, Bytes::new(), Some(InvocationError::TimedOut), false);
         };
+        let mut returned = (0, 0);
         let reply = reply.map(|reply| match reply {
-            Reply::Answered { answer, .. } => Ok(answer),
+            Reply::Answered { answer, faults, pages } => {
+                returned = (faults, pages);
+                Ok(answer)
+            }
             other => Err(other),
         });
         let (payload, error) = match reply {
@@ -135,7 +139,8 @@ impl Shared {
                 return outcome(begin, Bytes::new(), Some(InvocationError::Exited { how }), false);
             }
         };
-        outcome(begin, payload, error, true)
+        let (faults, pages) = returned;
+        Outcome { faults, pages, ..outcome(begin, payload, error, true) }
     }
 
     pub(crate) async fn restore(
@@ -176,5 +181,5 @@ fn ended(ending: Ending) -> InvocationError {
 }
 
 fn outcome(begin: Instant, payload: Bytes, error: Option<InvocationError>, alive: bool) -> Outcome {
-    Outcome { payload, error, execution_us: micros(begin), alive }
+    Outcome { payload, error, execution_us: micros(begin), faults: 0, pages: 0, alive }
 }

@@ -1,5 +1,6 @@
 //! `medes invoke`: one request to a function.
 
+use std::fmt::Write as _;
 use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 
@@ -78,13 +79,25 @@ impl InvokeCommand {
 fn timing_line(answer: &Answer) -> String {
     let t = answer.timing;
     let start = answer.start.map_or_else(|| "?".to_owned(), |s| s.to_string());
-    format!(
+    let mut line = format!(
         "start {start}  queue {}  startup {}  execution {}  total {}",
         milliseconds(t.queue_us),
         milliseconds(t.startup_us),
         milliseconds(t.execution_us),
         milliseconds(t.total_us)
-    )
+    );
+    if let Some(m) = answer.memory {
+        let _ = write!(
+            line,
+            "\npages put back before {} in {}, on demand {} for {} faults; thaw {}",
+            m.pages_before,
+            milliseconds(m.prefetch_us),
+            m.pages_on_demand,
+            m.faults,
+            milliseconds(m.thaw_us)
+        );
+    }
+    line
 }
 
 fn document(answer: &Answer) -> Value {
@@ -97,5 +110,6 @@ fn document(answer: &Answer) -> Value {
         "sandbox": answer.sandbox.map(|s| s.to_string()),
         "start": answer.start,
         "timing": answer.timing,
+        "memory": answer.memory,
     })
 }

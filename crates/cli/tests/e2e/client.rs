@@ -130,6 +130,12 @@ impl Answer {
         self.header("x-medes-error")
     }
 
+    /// After a restore: the pages that came back before and while the request ran.
+    pub fn pages_back(&self) -> Option<u64> {
+        let pages = |name| self.header(name)?.parse::<u64>().ok();
+        Some(pages("x-medes-pages-before")? + pages("x-medes-pages-on-demand")?)
+    }
+
     /// The body as JSON; null if there is none.
     #[track_caller]
     pub fn json(&self) -> Value {
