@@ -13,6 +13,7 @@ pub mod bank;
 pub mod chart;
 pub mod dump;
 pub mod engine;
+pub mod examples;
 pub mod functions;
 pub mod machine;
 pub mod redundancy;

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use crate::functions::Source;
+use crate::examples::Source;
 
 /// A runtime tidies its heap after 0.1 s without a request; then nothing moves any more.
 const QUIET: Duration = Duration::from_millis(800);

@@ -5,15 +5,15 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use medes_bench::engine::{self, EngineReport};
-use medes_bench::functions::{Function, Source, choose};
+use medes_bench::functions::{Function, choose};
 use medes_bench::savings::{self, SavingsReport};
 use medes_bench::testbed::{KeeperProgram, Testbed};
 use medes_core::Layout;
 use serde::Serialize;
 
+use crate::examples::SourceArgs;
 use crate::failure::{Failure, Outcome};
 use crate::output::{print, table};
-use crate::runtime_install::{identify, install};
 use crate::serve::KEEPER_COMMAND;
 
 /// Measure the dedup engine on sandboxes of a private node. Needs root.
@@ -66,18 +66,8 @@ pub struct Run {
     /// Write the results as JSON too; `-` for standard output, instead of the table.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// The Python interpreter that the functions run on.
-    #[arg(long, value_name = "PATH", default_value = "python3")]
-    python: PathBuf,
-    /// The directory with the example functions.
-    #[arg(long, value_name = "DIR", default_value = "examples/functions")]
-    examples: PathBuf,
-    /// The directory with their layers [default: .cache/layers/<Python version>].
-    #[arg(long, value_name = "DIR")]
-    layers: Option<PathBuf>,
-    /// The directory with installed runtimes; the one that is needed is installed if missing.
-    #[arg(long, value_name = "DIR", default_value = ".cache/runtimes")]
-    runtimes: PathBuf,
+    #[command(flatten)]
+    source: SourceArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -144,15 +134,7 @@ impl Run {
     }
 
     fn testbed(&self) -> Result<(Testbed, Vec<Function>)> {
-        let (runtime, python) = identify(&self.python)?;
-        let version = runtime.trim_start_matches("python");
-        let examples = self.examples.canonicalize().with_context(|| {
-            format!("{}; run this from the repository, or use --examples", self.examples.display())
-        })?;
-        let layers = self.layers.clone();
-        let layers = layers.unwrap_or_else(|| PathBuf::from(".cache/layers").join(version));
-        install(&runtime, Some(&python), &self.runtimes)?;
-        let source = Source { examples, layers, runtimes: self.runtimes.clone(), runtime };
+        let source = self.source.find(say)?;
         let functions = choose(&source, &self.functions)?;
         let keeper = KeeperProgram {
             program: std::env::current_exe().context("finding this program")?,

@@ -3,13 +3,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use medes_bench::examples::{Case, Example};
 use medes_core::{SandboxState, StartKind};
 use serde_json::Value;
 
-use super::example::{Case, Example};
-use super::report::{FunctionReport, Percentiles};
-use super::view::Line;
+use super::report::FunctionReport;
 use crate::client::{Answer, Client};
+use crate::latency::Percentiles;
+use crate::progress::Line;
 use crate::wire::{Info, SandboxView, Sandboxes};
 
 /// Cold starts that are measured, each after all sandboxes were purged.

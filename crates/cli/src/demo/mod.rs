@@ -1,28 +1,26 @@
 //! `medes demo`: a private platform, real functions, every state, every answer checked.
 
-mod example;
 mod measure;
-mod platform;
 mod report;
 #[cfg(test)]
 mod tests;
-mod view;
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use medes_bench::examples::{Example, Manifest, Source};
+use medes_bench::machine::Circumstances;
 use serde_json::Value;
 
+use crate::examples::{SourceArgs, deployment};
 use crate::failure::{Failure, Outcome};
 use crate::output::print;
-use crate::runtime_install::{identify, install};
+use crate::platform::{Platform, Settings};
+use crate::progress::View;
 use crate::units::Period;
-use example::{Example, Manifest, Places};
 use measure::{Cases, Measurement, Plan};
-use platform::{Platform, Settings};
-use report::{FunctionReport, Machine, Report};
-use view::View;
+use report::{FunctionReport, Report};
 
 /// Show it all: start a private platform, run example functions through cold, warm and dedup
 /// states, check every answer, and print what it costs and saves. Needs root.
@@ -54,18 +52,8 @@ pub struct DemoCommand {
     /// Where that directory is made [default: the system's temporary directory].
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// The Python interpreter that the functions run on.
-    #[arg(long, value_name = "PATH", default_value = "python3")]
-    python: PathBuf,
-    /// The directory with the example functions.
-    #[arg(long, value_name = "DIR", default_value = "examples/functions")]
-    examples: PathBuf,
-    /// The directory with their layers [default: .cache/layers/<Python version>].
-    #[arg(long, value_name = "DIR")]
-    layers: Option<PathBuf>,
-    /// The directory with installed runtimes; the one that is needed is installed if missing.
-    #[arg(long, value_name = "DIR", default_value = ".cache/runtimes")]
-    runtimes: PathBuf,
+    #[command(flatten)]
+    source: SourceArgs,
 }
 
 impl DemoCommand {
@@ -95,28 +83,14 @@ impl DemoCommand {
 
     fn measure(&self) -> Result<Report> {
         let view = View::new();
-        let (runtime, python) = identify(&self.python)?;
-        let version = runtime.trim_start_matches("python").to_owned();
-        let examples = self.examples.canonicalize().with_context(|| {
-            format!(
-                "{}; run the demo from the repository, or use --examples",
-                self.examples.display()
-            )
-        })?;
-        let layers = self.layers.clone();
-        let layers = layers.unwrap_or_else(|| PathBuf::from(".cache/layers").join(version));
-        let places = Places { examples, layers, python, runtime };
-        let manifest = Manifest::read(&places.examples)?;
+        let source = self.source.find(|what| view.say(what))?;
+        let manifest = Manifest::read(&source.examples)?;
         let functions = manifest.choose(&self.functions, self.all)?;
         let deployments = functions
             .iter()
-            .map(|f| manifest.deployment(f, &places))
+            .map(|f| deployment(&manifest, f, &source))
             .collect::<Result<Vec<_>>>()?;
 
-        let runtime = install(&places.runtime, Some(&places.python), &self.runtimes)?;
-        if !runtime.already {
-            view.say(&format!("installed runtime {}", runtime.record.name));
-        }
         let plan = Plan {
             sandboxes: self.sandboxes.into(),
             cycles: self.cycles.into(),
@@ -124,13 +98,14 @@ impl DemoCommand {
         };
         let requests = plan.singles() + plan.concurrent();
         view.say(&format!("computing the right answers to {requests} requests per function"));
-        let cases = all_cases(&functions, &places, plan)?;
+        let cases = all_cases(&functions, &source, plan)?;
 
-        let runtimes = self.runtimes.canonicalize()?;
+        let circumstances = Circumstances::now();
         let mut platform = Platform::start(&Settings {
             parent: self.dir.as_deref(),
-            runtimes: &runtimes,
-            idle: self.idle,
+            runtimes: &source.runtimes,
+            name: "demo",
+            change: &|config| config.lifecycle.idle = self.idle,
             keep: self.keep,
         })?;
         let client = platform.client().clone();
@@ -170,9 +145,7 @@ impl DemoCommand {
             functions: reports,
             sandboxes: plan.sandboxes,
             cycles: plan.cycles,
-            machine: Machine::this(),
-            date: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
-            version: env!("CARGO_PKG_VERSION"),
+            circumstances,
         })
     }
 
@@ -191,11 +164,11 @@ impl DemoCommand {
 }
 
 /// The requests for every function with the right answers, computed side by side.
-fn all_cases(functions: &[Example], places: &Places, plan: Plan) -> Result<Vec<Cases>> {
+fn all_cases(functions: &[Example], source: &Source, plan: Plan) -> Result<Vec<Cases>> {
     let of = |f: &Example| {
         let mut events = f.plain_events(plan.singles());
         events.extend(f.mixed_events(plan.concurrent()));
-        let mut plain = f.cases(places, &events)?;
+        let mut plain = f.cases(source, &events)?;
         let mixed = plain.split_off(plan.singles());
         Ok(Cases { plain, mixed })
     };

@@ -1,36 +1,11 @@
-//! What the demo found out: percentiles, the table and the JSON document.
+//! What the demo found out: the table and the JSON document.
 
+use medes_bench::machine::Circumstances;
 use medes_core::{FunctionName, StartKind};
 use serde::Serialize;
 
+use crate::latency::Percentiles;
 use crate::output::{percent, table};
-
-/// Percentiles of latencies, milliseconds.
-#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
-pub struct Percentiles {
-    /// Half of the requests took no longer.
-    pub p50: f64,
-    /// Nine tenths took no longer.
-    pub p90: f64,
-    /// 99 of a hundred took no longer.
-    pub p99: f64,
-    /// How many requests were measured.
-    pub samples: usize,
-}
-
-impl Percentiles {
-    /// Percentiles by nearest rank: each is a latency that was measured. `None` without any.
-    pub fn of(latencies_ms: &[f64]) -> Option<Self> {
-        let mut sorted = latencies_ms.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let last = sorted.len().checked_sub(1)?;
-        let rank = |q: f64| {
-            let rank = (q * sorted.len() as f64).ceil() as usize;
-            sorted[rank.saturating_sub(1).min(last)]
-        };
-        Some(Self { p50: rank(0.5), p90: rank(0.9), p99: rank(0.99), samples: sorted.len() })
-    }
-}
 
 /// How many requests found their sandbox in which state.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
@@ -134,37 +109,6 @@ impl FunctionReport {
     }
 }
 
-/// The machine that it was measured on.
-#[derive(Clone, Debug, Serialize)]
-pub struct Machine {
-    /// The processor's name.
-    pub cpu: String,
-    /// Processors that may be used.
-    pub cpus: usize,
-    /// Memory.
-    pub memory_bytes: u64,
-    /// The kernel's release.
-    pub kernel: String,
-}
-
-impl Machine {
-    /// This machine.
-    pub fn this() -> Self {
-        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let cpu = read("/proc/cpuinfo")
-            .lines()
-            .find_map(|l| l.strip_prefix("model name"))
-            .map_or("unknown", |l| l.trim_start_matches([' ', '\t', ':']))
-            .to_owned();
-        Self {
-            cpu,
-            cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            memory_bytes: crate::doctor::machine_memory().0,
-            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
-        }
-    }
-}
-
 /// The whole document.
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -174,12 +118,9 @@ pub struct Report {
     pub sandboxes: usize,
     /// Times that they were deduplicated and called again.
     pub cycles: usize,
-    /// The machine.
-    pub machine: Machine,
-    /// When it was measured.
-    pub date: String,
-    /// The version of Medes.
-    pub version: &'static str,
+    /// Where and when, and with which version.
+    #[serde(flatten)]
+    pub circumstances: Circumstances,
 }
 
 impl Report {
@@ -252,16 +193,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn percentiles_are_latencies_that_were_measured() {
-        assert_eq!(Percentiles::of(&[]), None);
-        let one = Percentiles::of(&[3.0]).unwrap();
-        assert_eq!((one.p50, one.p90, one.p99), (3.0, 3.0, 3.0));
-        let hundred: Vec<_> = (1..=100).rev().map(f64::from).collect();
-        let p = Percentiles::of(&hundred).unwrap();
-        assert_eq!((p.p50, p.p90, p.p99, p.samples), (50.0, 90.0, 99.0, 100));
-    }
-
-    #[test]
     fn savings_count_the_base_once_for_all_sandboxes() {
         let mut f = FunctionReport::new("a".parse().unwrap(), 4);
         f.set_memory(20_000_000, 1_000_000, 16_000_000);
@@ -280,9 +211,7 @@ mod tests {
             functions: vec![f],
             sandboxes: 1,
             cycles: 1,
-            machine: Machine::this(),
-            date: String::new(),
-            version: "",
+            circumstances: Circumstances::now(),
         };
         assert_eq!(report.problems(), ["a: no dedup start at all"]);
     }

@@ -5,14 +5,14 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use medes_bench::examples::{Case, Manifest};
 use medes_core::SandboxId;
 use serde_json::{Value, json};
 
-use super::example::{Case, Manifest};
 use super::measure::{Cases, Measurement, Plan};
 use super::report::FunctionReport;
-use super::view::View;
 use crate::client::Client;
+use crate::progress::View;
 
 /// What the platform does wrong.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -15,7 +15,7 @@ pub fn checks(config: &Config) -> Vec<Check> {
 }
 
 /// The machine's memory: all of it, and what is available, bytes.
-pub fn machine_memory() -> (u64, u64) {
+fn machine_memory() -> (u64, u64) {
     let table = read("/proc/meminfo").unwrap_or_default();
     let kib = |name: &str| -> u64 {
         table

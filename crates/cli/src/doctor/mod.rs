@@ -4,8 +4,6 @@ mod host;
 mod kernel;
 mod tools;
 
-pub use host::machine_memory;
-
 use clap::Args;
 use serde::Serialize;
 use serde_json::json;

@@ -6,11 +6,24 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use medes_core::{FunctionName, Layout};
+use medes_core::FunctionName;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::commands::deploy::{Code, Deploy};
+/// Where the functions and what they run on are.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// The directory with `functions.toml` and the functions' directories.
+    pub examples: PathBuf,
+    /// The directory with their layers, built for the interpreter's version.
+    pub layers: PathBuf,
+    /// The directory with installed runtimes.
+    pub runtimes: PathBuf,
+    /// The runtime's name, such as `python3.11`.
+    pub runtime: String,
+    /// The interpreter.
+    pub python: PathBuf,
+}
 
 /// `functions.toml`, which lies beside the functions' directories.
 #[derive(Debug, Deserialize)]
@@ -27,28 +40,21 @@ pub struct Manifest {
 pub struct Example {
     /// Its name and its directory's.
     pub name: FunctionName,
+    /// What it does.
     #[serde(default)]
-    description: String,
-    handler: String,
+    pub description: String,
+    /// Its handler, such as `app.handler`.
+    pub handler: String,
     layers: Vec<String>,
-    memory_mib: u32,
-    timeout_s: u64,
+    /// Memory limit of one sandbox, MiB.
+    pub memory_mib: u32,
+    /// How long one request may run, seconds.
+    pub timeout_s: u64,
     /// Whether it is one of the few that are shown by default.
     #[serde(default)]
     small: bool,
+    #[serde(default)]
     events: Vec<toml::Table>,
-}
-
-/// Where things are.
-pub struct Places {
-    /// The directory with `functions.toml`.
-    pub examples: PathBuf,
-    /// The directory with the built layers for the interpreter's version.
-    pub layers: PathBuf,
-    /// The interpreter.
-    pub python: PathBuf,
-    /// The runtime's name.
-    pub runtime: String,
 }
 
 /// A request and the answer to it that is right.
@@ -91,54 +97,64 @@ impl Manifest {
             .collect()
     }
 
-    /// The deployment of a function.
-    ///
-    /// # Errors
-    /// If one of its layers has not been built.
-    pub fn deployment(&self, example: &Example, places: &Places) -> Result<Deploy> {
-        Ok(Deploy {
-            runtime: places.runtime.clone(),
-            handler: example.handler.clone(),
-            code: Code::Directory(places.examples.join(example.name.as_str())),
-            layers: layers(example, places)?,
-            environment: self.environment.clone(),
-            memory_mib: example.memory_mib,
-            timeout_ms: example.timeout_s * 1000,
-            max_sandboxes: 0,
-            layout: Layout::Function,
-            tenant: medes_core::Tenant::default(),
-            description: example.description.clone(),
-        })
+    /// Environment variables for every function.
+    #[must_use]
+    pub fn environment(&self) -> &BTreeMap<String, String> {
+        &self.environment
     }
 }
 
 impl Example {
+    /// The directory with its code.
+    #[must_use]
+    pub fn code(&self, source: &Source) -> PathBuf {
+        source.examples.join(self.name.as_str())
+    }
+
+    /// The directories of its layers.
+    ///
+    /// # Errors
+    /// If one of them has not been built.
+    pub fn layers(&self, source: &Source) -> Result<Vec<PathBuf>> {
+        let find = |name: &String| {
+            let path = source.layers.join(name);
+            path.canonicalize().with_context(|| {
+                format!("no layer {}; scripts/build-layers builds it", path.display())
+            })
+        };
+        self.layers.iter().map(find).collect()
+    }
+
     /// Requests of the default size, each with another input.
+    #[must_use]
     pub fn plain_events(&self, n: usize) -> Vec<Value> {
         (0..n).map(|seed| json!({ "seed": 1000 + seed })).collect()
     }
 
     /// Requests like the samples of the manifest, of several sizes, each with another input.
+    #[must_use]
     pub fn mixed_events(&self, n: usize) -> Vec<Value> {
-        (0..n)
-            .map(|seed| {
-                let sample = &self.events[seed % self.events.len().max(1)..];
-                let mut event = sample.first().map_or_else(|| json!({}), |t| json!(t));
-                event["seed"] = json!(100_000 + seed);
-                event
-            })
-            .collect()
+        (0..n).map(|n| self.mixed_event(n)).collect()
+    }
+
+    /// The `n`th of those.
+    #[must_use]
+    pub fn mixed_event(&self, n: usize) -> Value {
+        let sample = self.events.get(n % self.events.len().max(1));
+        let mut event = sample.map_or_else(|| json!({}), |t| json!(t));
+        event["seed"] = json!(100_000 + n);
+        event
     }
 
     /// Answers `events` outside of any platform: the function's handler in a Python process.
     ///
     /// # Errors
     /// If that process fails.
-    pub fn cases(&self, places: &Places, events: &[Value]) -> Result<Vec<Case>> {
-        let mut command = Command::new(&places.python);
-        command.arg(places.examples.join("reference.py"));
-        command.arg(places.examples.join(self.name.as_str()));
-        for layer in layers(self, places)? {
+    pub fn cases(&self, source: &Source, events: &[Value]) -> Result<Vec<Case>> {
+        let mut command = Command::new(&source.python);
+        command.arg(source.examples.join("reference.py"));
+        command.arg(self.code(source));
+        for layer in self.layers(source)? {
             command.arg("--layer").arg(layer);
         }
         let mut child = command
@@ -171,19 +187,6 @@ impl Example {
         );
         Ok(cases)
     }
-}
-
-fn layers(example: &Example, places: &Places) -> Result<Vec<PathBuf>> {
-    example
-        .layers
-        .iter()
-        .map(|name| {
-            let path = places.layers.join(name);
-            path.canonicalize().with_context(|| {
-                format!("no layer {}; scripts/build-layers builds it", path.display())
-            })
-        })
-        .collect()
 }
 
 #[cfg(test)]
@@ -231,15 +234,17 @@ mod tests {
 
     #[test]
     fn a_layer_that_is_not_built_is_named() {
-        let places = Places {
-            examples: "/nonexistent".into(),
-            layers: "/nonexistent".into(),
+        let nowhere = PathBuf::from("/nonexistent");
+        let source = Source {
+            examples: nowhere.clone(),
+            layers: nowhere.clone(),
+            runtimes: nowhere,
             python: "python3".into(),
             runtime: "python3.11".into(),
         };
         let m = manifest();
-        let e = m.deployment(&m.functions[1], &places).unwrap_err();
+        let e = m.functions[1].layers(&source).unwrap_err();
         assert!(format!("{e:#}").contains("/nonexistent/numpy"), "{e:#}");
-        assert!(m.deployment(&m.functions[0], &places).is_ok());
+        assert!(m.functions[0].layers(&source).is_ok());
     }
 }

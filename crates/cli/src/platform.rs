@@ -17,7 +17,6 @@ use tempfile::TempDir;
 
 use crate::client::Client;
 use crate::config::Config;
-use crate::units::Period;
 
 /// How long the platform may take to answer its first health check.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -40,8 +39,10 @@ pub struct Settings<'a> {
     pub parent: Option<&'a Path>,
     /// The directory with the installed runtimes.
     pub runtimes: &'a Path,
-    /// The idle period.
-    pub idle: Period,
+    /// What tells it from others in names of directories and cgroups, such as `demo`.
+    pub name: &'a str,
+    /// Changes to the default configuration.
+    pub change: &'a dyn Fn(&mut Config),
     /// Whether the directory stays after the end.
     pub keep: bool,
 }
@@ -53,7 +54,8 @@ impl Platform {
     /// If it ends or stays silent; the error holds the end of its log.
     pub fn start(settings: &Settings<'_>) -> Result<Self> {
         let mut builder = tempfile::Builder::new();
-        builder.prefix("medes-demo-").disable_cleanup(settings.keep);
+        let prefix = format!("medes-{}-", settings.name);
+        builder.prefix(&prefix).disable_cleanup(settings.keep);
         let signals = Signals::watch()?;
         let directory = match settings.parent {
             Some(parent) => builder.tempdir_in(parent),
@@ -70,10 +72,10 @@ impl Platform {
         config.api.listen = listen;
         config.node.data_dir = data_dir;
         config.node.run_dir = directory.path().join("run");
-        config.node.cgroup = format!("medes-demo-{number}");
+        config.node.cgroup = format!("medes-{}-{number}", settings.name);
         // Ids of its own, in a range that no distribution gives to people or containers.
         config.node.uid_base = 1_000_000_000 + number % 16_384 * 65_536;
-        config.lifecycle.idle = settings.idle;
+        (settings.change)(&mut config);
         let config_file = directory.path().join("medes.toml");
         std::fs::write(&config_file, config.render())?;
 
@@ -82,7 +84,7 @@ impl Platform {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("serve").arg("--config").arg(&config_file);
         command.stdin(std::process::Stdio::null()).stdout(out.try_clone()?).stderr(out);
-        // Its own process group: Ctrl-C is for the demo, which then ends the platform in order.
+        // Its own process group: Ctrl-C is for this process, which then ends the platform in order.
         command.process_group(0);
         let child = command.spawn().context("starting `medes serve`")?;
         signals.platform.store(pid(&child).as_raw(), Ordering::SeqCst);
@@ -213,7 +215,7 @@ struct Signals {
 
 impl Signals {
     /// On SIGINT, SIGTERM or SIGHUP: notes it and tells the platform to end, which also ends
-    /// whatever call the demo is waiting in. The demo then finds the note and cleans up.
+    /// whatever call is being waited for. The measurement then finds the note and cleans up.
     fn watch() -> Result<Arc<Self>> {
         use tokio::signal::unix::{SignalKind, signal};
 

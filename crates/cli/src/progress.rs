@@ -1,4 +1,4 @@
-//! What the demo shows while it runs: on a terminal one line per function that changes in place,
+//! What is shown of a long measurement while it runs: on a terminal one line per function that changes in place,
 //! else a plain line for each step. All of it on standard error.
 
 use std::collections::BTreeMap;
