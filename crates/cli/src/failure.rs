@@ -8,7 +8,7 @@ use crate::config::ConfigError;
 /// The exit codes, as `--help` shows them.
 pub const EXIT_CODES: &str = "Exit codes:
   0  success
-  1  the function answered with an error (invoke), or an answer was wrong (demo)
+  1  the function answered with an error (invoke), or an answer was wrong (demo, bench)
   2  wrong usage: arguments or the configuration file
   3  the platform, or this host, could not do it: unreachable, refused or failed";
 

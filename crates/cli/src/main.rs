@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+mod answers;
+mod bench;
 mod client;
 mod commands;
 mod config;

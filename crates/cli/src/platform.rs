@@ -100,6 +100,17 @@ impl Platform {
         &self.client
     }
 
+    /// The processes that make it up: the daemon and the keeper.
+    ///
+    /// # Errors
+    /// If the keeper's number is not known.
+    pub fn processes(&self) -> Result<[Pid; 2]> {
+        let path = self.directory().join("run/keeper.pid");
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let keeper = text.trim().parse().with_context(|| path.display().to_string())?;
+        Ok([pid(&self.child), Pid::from_raw(keeper)])
+    }
+
     /// Its directory.
     pub fn directory(&self) -> &Path {
         self.log.parent().unwrap_or(Path::new("/"))

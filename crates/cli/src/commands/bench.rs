@@ -1,4 +1,4 @@
-//! `medes bench`: what the dedup engine costs and saves, measured on real functions.
+//! `medes bench`: what Medes costs and saves, measured on real functions.
 
 use std::path::PathBuf;
 
@@ -11,12 +11,13 @@ use medes_bench::testbed::{KeeperProgram, Testbed};
 use medes_core::Layout;
 use serde::Serialize;
 
+use crate::bench::lifecycle::LifecycleCommand;
 use crate::examples::SourceArgs;
 use crate::failure::{Failure, Outcome};
 use crate::output::{print, table};
 use crate::serve::KEEPER_COMMAND;
 
-/// Measure the dedup engine on sandboxes of a private node. Needs root.
+/// Measure what Medes costs and saves, on real functions. Needs root.
 #[derive(Debug, Args)]
 pub struct BenchCommand {
     #[command(subcommand)]
@@ -27,6 +28,7 @@ pub struct BenchCommand {
 enum What {
     Engine(EngineCommand),
     Savings(SavingsCommand),
+    Lifecycle(LifecycleCommand),
 }
 
 /// How fast the engine's parts are on one core, over the memory of real functions.
@@ -109,6 +111,7 @@ impl BenchCommand {
                 let report = savings::measure(&testbed, &functions, !c.quick, &say)?;
                 c.run.publish(&report, || savings_table(&report))?;
             }
+            What::Lifecycle(c) => return c.run(),
         }
         Ok(())
     }

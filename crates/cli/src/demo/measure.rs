@@ -8,6 +8,7 @@ use medes_core::{SandboxState, StartKind};
 use serde_json::Value;
 
 use super::report::FunctionReport;
+use crate::answers::call;
 use crate::client::{Answer, Client};
 use crate::latency::Percentiles;
 use crate::progress::Line;
@@ -101,7 +102,7 @@ impl<'a> Measurement<'a> {
     pub fn run(mut self) -> FunctionReport {
         let base_before = self.base_bytes().unwrap_or(0);
         if let Err(e) = self.all_states() {
-            self.report.problem.get_or_insert(format!("{e:#}"));
+            self.report.checked.problem.get_or_insert(format!("{e:#}"));
         }
         let base = self.base_bytes().unwrap_or(0).saturating_sub(base_before);
         let mean = |list: &[u64]| list.iter().sum::<u64>() / (list.len() as u64).max(1);
@@ -111,7 +112,7 @@ impl<'a> Measurement<'a> {
         self.report.cold_ms = Percentiles::of(cold);
         self.report.warm_ms = Percentiles::of(warm);
         self.report.dedup_ms = Percentiles::of(dedup);
-        self.line.done(if self.report.problem.is_none() { "done" } else { "failed" });
+        self.line.done(if self.report.checked.problem.is_none() { "done" } else { "failed" });
         self.report
     }
 
@@ -152,7 +153,7 @@ impl<'a> Measurement<'a> {
     fn single(&mut self) -> Result<()> {
         self.stop_if_interrupted()?;
         let case = self.plain.next().context("no requests")?;
-        let (answer, ms) = call(self.client, self.example, case)?;
+        let (answer, ms) = call(self.client, &self.example.name, case)?;
         if let Some(kind) = answer.start {
             let list = match kind {
                 StartKind::Cold => &mut self.latencies[0],
@@ -170,11 +171,11 @@ impl<'a> Measurement<'a> {
     fn together(&mut self) -> Result<()> {
         self.stop_if_interrupted()?;
         let cases: Vec<_> = self.mixed.by_ref().take(self.plan.sandboxes).collect();
-        let (client, example) = (self.client, self.example);
+        let (client, function) = (self.client, &self.example.name);
         let answers: Vec<_> = std::thread::scope(|scope| {
             let calls: Vec<_> = cases
                 .iter()
-                .map(|&case| scope.spawn(move || call(client, example, case)))
+                .map(|&case| scope.spawn(move || call(client, function, case)))
                 .collect();
             calls.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
         });
@@ -203,24 +204,7 @@ impl<'a> Measurement<'a> {
         if let Some(kind) = answer.start {
             self.report.starts.add(kind);
         }
-        self.report.answers_checked += 1;
-        let got = serde_json::from_slice::<Value>(&answer.payload).ok();
-        if answer.error.is_none() && got.as_ref() == Some(&case.expected) {
-            return;
-        }
-        self.report.answers_wrong += 1;
-        let short =
-            |bytes: &[u8]| -> String { String::from_utf8_lossy(bytes).chars().take(300).collect() };
-        self.report.problem.get_or_insert_with(|| {
-            format!(
-                "wrong answer from sandbox {} ({} start) to {}: {} instead of {}",
-                answer.sandbox.map_or_else(|| "?".to_owned(), |s| s.to_string()),
-                answer.start.map_or_else(|| "?".to_owned(), |s| s.to_string()),
-                short(&case.payload),
-                short(&answer.payload),
-                short(case.expected.to_string().as_bytes()),
-            )
-        });
+        self.report.checked.check(case, answer);
     }
 
     fn operate(&self, verb: &str) -> Result<()> {
@@ -278,12 +262,6 @@ impl<'a> Measurement<'a> {
         }
         Ok(())
     }
-}
-
-fn call(client: &Client, example: &Example, case: &Case) -> Result<(Answer, f64)> {
-    let start = Instant::now();
-    let answer = client.invoke(&example.name, &case.payload)?;
-    Ok((answer, start.elapsed().as_secs_f64() * 1e3))
 }
 
 fn stragglers(sandboxes: &[SandboxView]) -> String {

@@ -9,10 +9,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use medes_bench::examples::{Example, Manifest, Source};
+use medes_bench::examples::{Example, Manifest};
 use medes_bench::machine::Circumstances;
 use serde_json::Value;
 
+use crate::answers::all_cases;
 use crate::examples::{SourceArgs, deployment};
 use crate::failure::{Failure, Outcome};
 use crate::output::print;
@@ -98,7 +99,18 @@ impl DemoCommand {
         };
         let requests = plan.singles() + plan.concurrent();
         view.say(&format!("computing the right answers to {requests} requests per function"));
-        let cases = all_cases(&functions, &source, plan)?;
+        let events = |f: &Example| {
+            let mut events = f.plain_events(plan.singles());
+            events.extend(f.mixed_events(plan.concurrent()));
+            events
+        };
+        let cases: Vec<_> = all_cases(&functions, &source, events)?
+            .into_iter()
+            .map(|mut plain| {
+                let mixed = plain.split_off(plan.singles());
+                Cases { plain, mixed }
+            })
+            .collect();
 
         let circumstances = Circumstances::now();
         let mut platform = Platform::start(&Settings {
@@ -161,22 +173,4 @@ impl DemoCommand {
         }
         Ok(())
     }
-}
-
-/// The requests for every function with the right answers, computed side by side.
-fn all_cases(functions: &[Example], source: &Source, plan: Plan) -> Result<Vec<Cases>> {
-    let of = |f: &Example| {
-        let mut events = f.plain_events(plan.singles());
-        events.extend(f.mixed_events(plan.concurrent()));
-        let mut plain = f.cases(source, &events)?;
-        let mixed = plain.split_off(plan.singles());
-        Ok(Cases { plain, mixed })
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = functions.iter().map(|f| scope.spawn(move || of(f))).collect();
-        threads
-            .into_iter()
-            .map(|t| t.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked"))))
-            .collect()
-    })
 }

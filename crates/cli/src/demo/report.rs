@@ -4,6 +4,7 @@ use medes_bench::machine::Circumstances;
 use medes_core::{FunctionName, StartKind};
 use serde::Serialize;
 
+use crate::answers::Checked;
 use crate::latency::Percentiles;
 use crate::output::{percent, table};
 
@@ -54,12 +55,9 @@ pub struct FunctionReport {
     pub sandboxes: usize,
     /// All requests by the state in which they found their sandbox, concurrent ones too.
     pub starts: Starts,
-    /// Answers that were compared with the right ones.
-    pub answers_checked: usize,
-    /// Of those, answers that were not right.
-    pub answers_wrong: usize,
-    /// The first wrong answer, or what else went wrong.
-    pub problem: Option<String>,
+    /// Whether the answers were right.
+    #[serde(flatten)]
+    pub checked: Checked,
 }
 
 impl FunctionReport {
@@ -77,9 +75,7 @@ impl FunctionReport {
             saved_with_base: 0.0,
             sandboxes,
             starts: Starts::default(),
-            answers_checked: 0,
-            answers_wrong: 0,
-            problem: None,
+            checked: Checked::default(),
         }
     }
 
@@ -126,14 +122,14 @@ pub struct Report {
 impl Report {
     /// Wrong answers in all.
     pub fn wrong(&self) -> usize {
-        self.functions.iter().map(|f| f.answers_wrong).sum()
+        self.functions.iter().map(|f| f.checked.answers_wrong).sum()
     }
 
     /// What went wrong, one line each.
     pub fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         for f in &self.functions {
-            if let Some(problem) = &f.problem {
+            if let Some(problem) = &f.checked.problem {
                 problems.push(format!("{}: {problem}", f.name));
             } else {
                 problems.extend(
@@ -173,8 +169,8 @@ impl Report {
                     percent(f.saved),
                     mb(f.base_bytes),
                     percent(f.saved_with_base),
-                    f.answers_checked.to_string(),
-                    f.answers_wrong.to_string(),
+                    f.checked.answers_checked.to_string(),
+                    f.checked.answers_wrong.to_string(),
                 ]
             }),
         );

@@ -182,15 +182,15 @@ fn measure(flaw: Flaw) -> FunctionReport {
 #[test]
 fn every_kind_of_start_is_measured_and_every_answer_checked() {
     let report = measure(Flaw::None);
-    assert_eq!(report.problem, None);
+    assert_eq!(report.checked.problem, None);
     assert!(report.missing().is_empty());
     assert_eq!(report.cold_ms.unwrap().samples, 5);
     assert_eq!(report.warm_ms.unwrap().samples, 12);
     assert_eq!(report.dedup_ms.unwrap().samples, 4);
     let starts = report.starts;
-    assert_eq!(starts.cold + starts.warm + starts.dedup, report.answers_checked);
-    assert!(report.answers_checked >= 5 + 12 + 4 + (1 + 3 + 4) * 3);
-    assert_eq!(report.answers_wrong, 0);
+    assert_eq!(starts.cold + starts.warm + starts.dedup, report.checked.answers_checked);
+    assert!(report.checked.answers_checked >= 5 + 12 + 4 + (1 + 3 + 4) * 3);
+    assert_eq!(report.checked.answers_wrong, 0);
     assert_eq!((report.warm_bytes, report.dedup_bytes), (20_000_000, 1_000_000));
     assert_eq!(report.base_bytes, 8_000_000);
 }
@@ -198,13 +198,13 @@ fn every_kind_of_start_is_measured_and_every_answer_checked() {
 #[test]
 fn a_wrong_answer_is_counted_and_shown() {
     let report = measure(Flaw::WrongAfterDedup);
-    assert!(report.answers_wrong >= 4, "{}", report.answers_wrong);
-    let problem = report.problem.unwrap();
+    assert!(report.checked.answers_wrong >= 4, "{}", report.checked.answers_wrong);
+    let problem = report.checked.problem.unwrap();
     assert!(problem.contains("(dedup start)") && problem.contains("instead of"), "{problem}");
 }
 
 #[test]
 fn a_platform_that_does_not_scale_out_is_a_problem() {
-    let problem = measure(Flaw::OneSandbox).problem.unwrap();
+    let problem = measure(Flaw::OneSandbox).checked.problem.unwrap();
     assert!(problem.contains("3 requests at once were served by 1 sandboxes"), "{problem}");
 }

@@ -10,6 +10,7 @@ mod commands;
 mod isolation;
 mod lambda;
 mod lifecycle;
+mod measuring;
 mod recovery;
 mod shutdown;
 mod start_up;

@@ -1,0 +1,52 @@
+//! The measuring tools that work through the front door, on the smallest function.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::platform::program;
+
+/// Runs `medes bench` and gives its JSON document.
+fn bench(arguments: &[&str]) -> Value {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
+    let output = Command::new(program())
+        .arg("bench")
+        .args(arguments)
+        .args(["--json", "-"])
+        .current_dir(root)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}: {errors}", output.status);
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The one function of a document.
+fn function(document: &Value) -> &Value {
+    let functions = document["functions"].as_array().unwrap();
+    assert_eq!((functions.len(), functions[0]["name"].as_str()), (1, Some("vanilla")));
+    assert_eq!(functions[0]["answers_wrong"], 0);
+    &functions[0]
+}
+
+#[test]
+fn a_lifecycle_is_measured() {
+    let document = bench(&["lifecycle", "--functions", "vanilla", "--cycles", "3", "--colds", "2"]);
+    let of = function(&document);
+    assert_eq!(of["answers_checked"], 2 * 3 + 3 * 4);
+    for figure in ["cold_ms", "warm_ms", "dedup_ms", "next_ms"] {
+        let p = ["p50", "p90", "p99"].map(|p| of[figure][p].as_f64().unwrap());
+        assert!(p[0] > 0.0 && p[0] <= p[1] && p[1] <= p[2], "{figure}: {}", of[figure]);
+    }
+    assert_eq!(of["added_ms"]["samples"], 3);
+    for phase in ["schedule_ms", "prefetch_ms", "thaw_ms", "faults_ms"] {
+        assert!(of["phases"][phase]["p50"].is_f64(), "{phase}: {}", of["phases"]);
+    }
+    assert!(of["pages_before"]["p50"].as_f64().unwrap() > 0.0);
+    for kind in ["first", "repeated", "in_cycles"] {
+        assert!(of["dedup"][kind]["pages"].as_u64().unwrap() > 100, "{kind}: {}", of["dedup"]);
+    }
+    assert!(of["dedup_bytes"].as_u64() < of["warm_bytes"].as_u64());
+}
