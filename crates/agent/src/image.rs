@@ -17,7 +17,7 @@ use medes_pages::{PAGE_SIZE, Page};
 use medes_store::Extent;
 use serde::{Deserialize, Serialize};
 
-const MAGIC: u64 = u64::from_le_bytes(*b"medesim2");
+const MAGIC: u64 = u64::from_le_bytes(*b"medesim3");
 const HEAD: usize = 12;
 
 /// An image that can't be read. It is never used in part
@@ -47,6 +47,8 @@ pub struct Table {
     pub snapshots: Vec<SnapshotUse>,
     /// The sandbox's processes.
     pub processes: Vec<ProcessTable>,
+    /// Whether the userfaultfds tell of writes to pages that were put back write-protected.
+    pub tracks_writes: bool,
 }
 
 /// One process's part of an image.
@@ -267,7 +269,7 @@ mod tests {
         let snapshots = vec![SnapshotUse { id, record: Extent { start: 9, pages: 1 } }];
         let registered = vec![(PAGE, 64 * PAGE)];
         let process = ProcessTable { pid: 7, registered, heap: vec![], runs };
-        Table { snapshots, processes: vec![process] }
+        Table { snapshots, processes: vec![process], tracks_writes: false }
     }
 
     #[test]
@@ -308,7 +310,7 @@ mod tests {
         let overlapping = vec![run(PAGE, 0), run(2 * PAGE, 0)];
         assert_eq!(refused(overlapping), ImageError::Broken("runs out of order"));
         assert_eq!(refused(vec![run(u64::MAX - PAGE + 1, 0)]), ImageError::Broken("address"));
-        assert_eq!(Table::decode(b"medesim2"), Err(ImageError::NotAnImage));
+        assert_eq!(Table::decode(b"medesim3"), Err(ImageError::NotAnImage));
     }
 
     proptest! {

@@ -3,9 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use medes_core::PageRef;
 use medes_pages::{Decoder, PAGE_SIZE, Page};
 use medes_store::{Extent, SnapshotRecord, View};
 
+use crate::encode::PageSource;
 use crate::error::RestoreError;
 use crate::image::{ImageError, PatchUse, Source, Table, check};
 
@@ -116,6 +118,54 @@ impl ImageIndex {
                     let bytes = &patches[self.offsets[process][n] as usize + skip..];
                     let list = &list[from as usize..to as usize];
                     found(address, run.file, Piece::Patched(list, bytes))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `found` for the pages that the image has in `range` of process `process`, one by one
+    /// and in order: address, source, patch.
+    ///
+    /// # Errors
+    /// What `found` says.
+    pub fn for_each_source<'s, E>(
+        &'s self,
+        process: usize,
+        range: Range<u64>,
+        mut found: impl FnMut(u64, PageSource, &'s [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Some(table) = self.table.processes.get(process) else { return Ok(()) };
+        let page_ref = |(snapshot, page): (u16, u32)| PageRef {
+            snapshot: self.table.snapshots[usize::from(snapshot)].id,
+            page,
+        };
+        let patches = &self.view.bytes(self.image)[self.patches_at..];
+        let first = table.runs.partition_point(|run| run.end() <= range.start);
+        for (n, run) in table.runs.iter().enumerate().skip(first) {
+            if run.address >= range.end {
+                break;
+            }
+            let mut at = self.offsets[process][n] as usize;
+            let addresses = (run.address..run.end()).step_by(PAGE_SIZE);
+            for (k, address) in addresses.enumerate() {
+                let (source, patch) = match &run.source {
+                    Source::Base { snapshot, page, .. } => {
+                        (PageSource::Base(page_ref((*snapshot, page + k as u32))), &[][..])
+                    }
+                    Source::Patches(list) => {
+                        let PatchUse { length, check, base } = list[k];
+                        let patch = &patches[at..at + usize::from(length)];
+                        at += usize::from(length);
+                        let base = base.map(page_ref);
+                        match length {
+                            0 => (PageSource::Zero, patch),
+                            _ => (PageSource::Patch { length, check, base }, patch),
+                        }
+                    }
+                };
+                if range.contains(&address) {
+                    found(address, source, patch)?;
                 }
             }
         }

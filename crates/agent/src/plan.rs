@@ -1,12 +1,16 @@
 //! What of a sandbox's memory can go: its processes, their mappings, the private pages in them.
 
 use std::io;
+use std::ops::Range;
 
 use medes_memory::PAGE_SIZE;
 use medes_memory::mappings::{Mapping, Mappings};
 use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_obstacles};
 use medes_memory::pages::{PageClass, PageRun, PageScanner};
+use medes_memory::ranges::{overlap, without};
 use medes_memory::reader::read_pages;
+
+use crate::view::SpaceView;
 
 /// The private pages of a frozen sandbox.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,7 +24,7 @@ pub struct Plan {
 pub struct ProcessPlan {
     /// The process.
     pub pid: i32,
-    /// Its mappings that have private pages, by address.
+    /// Its mappings that have private pages, here or in the earlier image, by address.
     pub mappings: Vec<MappingPlan>,
 }
 
@@ -35,8 +39,20 @@ pub struct MappingPlan {
     pub kind: MappingKind,
     /// Whether it is the `brk` heap.
     pub heap: bool,
-    /// Runs of pages that are kept in the image, by address.
+    /// Runs of pages that are read and encoded, by address.
     pub runs: Vec<PageRun>,
+    /// The rest of what is kept in the image: pages that are as an earlier image has them.
+    pub reused: Vec<Reused>,
+}
+
+/// Pages that an earlier image brings back as well as a new one could: nobody has written to them
+/// since, or they are still away.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Reused {
+    /// Where they are.
+    pub range: Range<u64>,
+    /// The address of the first of them in the earlier image.
+    pub origin: u64,
 }
 
 /// How a mapping's pages go and come back.
@@ -77,31 +93,48 @@ pub enum PlanError {
     /// There is no process.
     #[error("there is no process to deduplicate")]
     Nothing,
+    /// Processes have come or gone since the earlier image was made.
+    #[error("the sandbox has other processes than its image")]
+    OtherProcesses,
 }
 
 impl Plan {
-    /// Looks at frozen processes. Nothing is changed.
+    /// Looks at frozen processes. Nothing is changed. `spaces` says, of processes that were
+    /// restored from an image and have been watched since, what of it is still theirs: one for
+    /// each, by process id.
     ///
     /// # Errors
     /// [`PlanError`]: the first thing that stands in the way.
-    pub fn of(pids: &[i32]) -> Result<Self, PlanError> {
+    pub fn of(pids: &[i32], spaces: Option<&[SpaceView]>) -> Result<Self, PlanError> {
         let mut pids = pids.to_vec();
         pids.sort_unstable();
-        let processes = pids.iter().map(|pid| ProcessPlan::of(*pid, &pids));
+        if spaces.is_some_and(|spaces| spaces.len() != pids.len()) {
+            return Err(PlanError::OtherProcesses);
+        }
+        let space = |n: usize| spaces.and_then(|spaces| spaces.get(n));
+        let processes =
+            pids.iter().enumerate().map(|(n, pid)| ProcessPlan::of(*pid, &pids, space(n)));
         let processes = processes.collect::<Result<Vec<_>, _>>()?;
         if processes.is_empty() { Err(PlanError::Nothing) } else { Ok(Self { processes }) }
     }
 
-    /// How many private pages there are.
+    /// How many pages are to be read and encoded.
     #[must_use]
     pub fn pages(&self) -> u64 {
         let mappings = self.processes.iter().flat_map(|p| &p.mappings);
         mappings.flat_map(|m| &m.runs).map(|r| u64::from(r.pages)).sum()
     }
+
+    /// Address space that an earlier image still speaks for, bytes.
+    #[must_use]
+    pub fn reused_bytes(&self) -> u64 {
+        let mappings = self.processes.iter().flat_map(|p| &p.mappings);
+        mappings.flat_map(|m| &m.reused).map(|r| r.range.end - r.range.start).sum()
+    }
 }
 
 impl ProcessPlan {
-    fn of(pid: i32, peers: &[i32]) -> Result<Self, PlanError> {
+    fn of(pid: i32, peers: &[i32], space: Option<&SpaceView>) -> Result<Self, PlanError> {
         let look = |source| PlanError::Look { pid, source };
         let all = Mappings::read(pid).map_err(look)?;
         let options = ObstacleOptions { peers, kept_userfault: None };
@@ -113,11 +146,22 @@ impl ProcessPlan {
         for mapping in all.iter().filter(|m| m.left_resident().is_none()) {
             let mut runs = Vec::new();
             scanner.scan(mapping, &mut runs).map_err(look)?;
-            // What was read but never written reads as zeros again all by itself.
-            runs.retain(|run| run.class != PageClass::ZeroPage);
-            if runs.is_empty() {
+            let known = match space {
+                Some(space) if mapping.is_anonymous() => space.of_image(&mapping.range()),
+                _ => Vec::new(),
+            };
+            // What was read but never written reads as zeros again all by itself, unless the image
+            // would put something else there.
+            let is_known = |run: &PageRun| known.iter().any(|k| overlap(&k.range, &run.range()));
+            runs.retain(|run| run.class != PageClass::ZeroPage || is_known(run));
+            if runs.is_empty() && known.is_empty() {
                 continue;
             }
+            let reused = if known.is_empty() {
+                Vec::new()
+            } else {
+                split_unwritten(&mut scanner, &known, &mut runs).map_err(look)?
+            };
             let kind = kind_of(pid, mapping, &runs);
             if let MappingKind::Replaced(_) = kind {
                 // Every page, also those that are still the file's.
@@ -127,10 +171,50 @@ impl ProcessPlan {
             }
             let (start, end) = (mapping.start, mapping.end);
             let heap = mapping.kind == medes_memory::mappings::MappingKind::Heap;
-            mappings.push(MappingPlan { start, end, kind, heap, runs });
+            mappings.push(MappingPlan { start, end, kind, heap, runs, reused });
         }
         Ok(Self { pid, mappings })
     }
+}
+
+/// Takes the pages out of `runs` that have not been written to since the image put them back, and
+/// returns all that the image still has right within `known`.
+fn split_unwritten(
+    scanner: &mut PageScanner,
+    known: &[Reused],
+    runs: &mut Vec<PageRun>,
+) -> io::Result<Vec<Reused>> {
+    let mut unwritten: Vec<Range<u64>> = Vec::new();
+    for Reused { range, .. } in known {
+        let mut written = Vec::new();
+        scanner.scan_written(range.clone(), PageClass::Anonymous, false, &mut written)?;
+        let written: Vec<_> = written.iter().map(PageRun::range).collect();
+        unwritten.extend(without(range.clone(), &written));
+    }
+    *runs = runs.iter().flat_map(|run| cut(run, &unwritten)).collect();
+    let present: Vec<_> = runs.iter().map(PageRun::range).collect();
+    let mut reused = Vec::new();
+    for Reused { range, origin } in known {
+        for part in without(range.clone(), &present) {
+            let origin = origin + (part.start - range.start);
+            reused.push(Reused { range: part, origin });
+        }
+    }
+    Ok(reused)
+}
+
+/// A run without the pages of `holes`, which are in order.
+fn cut(run: &PageRun, holes: &[Range<u64>]) -> Vec<PageRun> {
+    let first = holes.partition_point(|hole| hole.end <= run.start);
+    let last = holes.partition_point(|hole| hole.start < run.end());
+    without(run.range(), &holes[first..last.max(first)])
+        .into_iter()
+        .map(|part| PageRun {
+            start: part.start,
+            pages: ((part.end - part.start) / PAGE_SIZE) as u32,
+            class: run.class,
+        })
+        .collect()
 }
 
 fn kind_of(pid: i32, mapping: &Mapping, runs: &[PageRun]) -> MappingKind {

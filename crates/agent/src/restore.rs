@@ -10,14 +10,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use medes_memory::pages::{PageClass, PageRun};
-use medes_memory::userfault::{CopyMode, Event, FillError, UserFault, UserFaultFeatures};
+use medes_memory::userfault::{
+    CopyMode, Event, FaultKind, FillError, UserFault, UserFaultFeatures,
+};
 use medes_memory::writer::write_pages;
 use medes_pages::{Decoder, PAGE_SIZE, Page};
 use medes_store::{Extent, View};
 
 use crate::error::{ESRCH, RestoreError};
 use crate::index::{ImageIndex, Piece};
-use crate::view::{AddressView, Belongs};
+use crate::view::{AddressView, Belongs, SpaceView};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -96,7 +98,10 @@ impl HeldImage {
             let registered: Vec<Range<u64>> =
                 table.registered.iter().map(|(start, length)| *start..start + length).collect();
             let mut view = AddressView::new(&registered);
-            let features = UserFaultFeatures::EVENTS;
+            let features = match index.table().tracks_writes {
+                true => UserFaultFeatures::EVENTS.union(UserFaultFeatures::TRACK_WRITES),
+                false => UserFaultFeatures::EVENTS,
+            };
             let mut userfault = UserFault::from_parts(userfault, features, registered, None);
             for hole in index.holes(process, HOLE_PAGES * PAGE) {
                 // If it can't be split off, its faults come to us, as those of all others do.
@@ -105,8 +110,7 @@ impl HeldImage {
                 }
             }
             pages += write_file_pages(&index, process, buffers)?;
-            let state = State { userfault, view, filled_to: 0 };
-            let space = AddressSpace { index: Arc::clone(&index), process, state: state.into() };
+            let space = AddressSpace::new(&index, process, false, userfault, view);
             if let Some(ranges) = working_set.get(process) {
                 for range in ranges {
                     pages += space.put_back(range.clone(), buffers)?;
@@ -128,9 +132,15 @@ pub struct Revived {
 }
 
 /// The memory of one process, partly restored.
+///
+/// When all of it is back, the userfaultfd of a process that the image knows stays as long as the
+/// kernel tells through it which pages are written to: so the next dedup of the sandbox costs what
+/// was written, not what there is.
 pub struct AddressSpace {
     index: Arc<ImageIndex>,
     process: usize,
+    /// Whether it is a forked child's, which no image knows.
+    child: bool,
     state: Mutex<State>,
 }
 
@@ -139,6 +149,28 @@ struct State {
     view: AddressView,
     /// Filling has put back everything below this address.
     filled_to: u64,
+    filling: Filling,
+    /// Somebody else has the userfaultfd: nothing is served or filled in.
+    suspended: bool,
+}
+
+/// How far filling in is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Filling {
+    /// There is more to do.
+    Going,
+    /// All pages are back. Changes are still reported, and have to be read.
+    Done,
+    /// All pages are back, and the userfaultfd has been released: there is nothing left to serve.
+    Released,
+}
+
+/// How a page comes back: with its writers watched or not. A page that is about to be written to is
+/// not worth watching, it costs the writer a fault.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Watch {
+    Yes,
+    No,
 }
 
 /// What serving an address space once did.
@@ -155,6 +187,30 @@ pub struct Served {
 }
 
 impl AddressSpace {
+    fn new(
+        index: &Arc<ImageIndex>,
+        process: usize,
+        child: bool,
+        userfault: UserFault,
+        view: AddressView,
+    ) -> Self {
+        let filling = Filling::Going;
+        let state = State { userfault, view, filled_to: 0, filling, suspended: false };
+        Self { index: Arc::clone(index), process, child, state: state.into() }
+    }
+
+    /// Whether it is a forked child's.
+    #[must_use]
+    pub fn is_child(&self) -> bool {
+        self.child
+    }
+
+    /// How far filling in is.
+    #[must_use]
+    pub fn filling(&self) -> Filling {
+        self.lock().filling
+    }
+
     /// Which process of the image it belongs to; a forked child has its parent's.
     #[must_use]
     pub fn process(&self) -> usize {
@@ -185,8 +241,11 @@ impl AddressSpace {
         buffers: &mut RestoreBuffers,
         served: &mut Served,
     ) -> Result<(), RestoreError> {
+        if state.suspended {
+            return Ok(());
+        }
         let mut events = std::mem::take(&mut buffers.events);
-        let mut waiting: Vec<u64> = Vec::new();
+        let mut waiting: Vec<(u64, Watch)> = Vec::new();
         let result = loop {
             events.clear();
             match state.userfault.read_events(&mut events) {
@@ -198,14 +257,23 @@ impl AddressSpace {
             // afterwards, and a page may only be put where it belongs by now.
             for event in events.drain(..) {
                 match event {
-                    Event::Fault { address, .. } => waiting.push(address & !(PAGE - 1)),
+                    Event::Fault { address, kind, .. } => {
+                        let watch = match kind {
+                            FaultKind::MissingRead => Watch::Yes,
+                            FaultKind::MissingWrite | FaultKind::WriteProtected => Watch::No,
+                        };
+                        waiting.push((address & !(PAGE - 1), watch));
+                    }
                     Event::Remap { from, to, len } => {
                         state.view.remap(from, to, len);
                         // What moved may lie where filling has been already.
                         state.filled_to = 0;
                     }
-                    Event::Remove(range) => state.view.remove(range),
+                    Event::Remove(range) => self.remove(state, range),
                     Event::Unmap(range) => state.view.unmap(range),
+                    // The child of a process that has all its pages has them too: closing its
+                    // userfaultfd releases it.
+                    Event::Fork { .. } if state.filling == Filling::Done => {}
                     Event::Fork { child } => {
                         served.children.push(Arc::new(self.child(state, child)))
                     }
@@ -226,17 +294,24 @@ impl AddressSpace {
     fn answer(
         &self,
         state: &mut State,
-        waiting: &mut Vec<u64>,
+        waiting: &mut Vec<(u64, Watch)>,
         neighbours: u64,
         buffers: &mut RestoreBuffers,
         served: &mut Served,
     ) -> Result<(), RestoreError> {
-        while let Some(&address) = waiting.last() {
+        while let Some(&(address, watch)) = waiting.last() {
             match state.view.at(address) {
                 Belongs::Image(origin) => {
+                    let page = address..address + PAGE;
+                    served.pages += self.put_back_locked(state, page, watch, buffers)?;
                     let block = address & !(neighbours * PAGE - 1);
                     let near = state.view.around(address, block..block + neighbours * PAGE);
-                    served.pages += self.put_back_locked(state, near, buffers)?;
+                    for near in [near.start..address, address + PAGE..near.end] {
+                        if near.start < near.end {
+                            served.pages +=
+                                self.put_back_locked(state, near, Watch::Yes, buffers)?;
+                        }
+                    }
                     served.touched.push(origin);
                     // A page that is in no run is zero.
                     self.zero(state, address)?;
@@ -268,7 +343,8 @@ impl AddressSpace {
         }
     }
 
-    /// Puts the pages of a range back, those that are not there yet. Returns how many there were.
+    /// Puts the pages of a range back, those that are not there yet; writes to them will not be
+    /// told from others. Returns how many there were.
     ///
     /// # Errors
     /// As [`AddressSpace::serve`].
@@ -280,7 +356,7 @@ impl AddressSpace {
         let mut state = self.lock();
         let mut pages = 0;
         for part in state.view.parts(range) {
-            pages += self.put_back_locked(&mut state, part, buffers)?;
+            pages += self.put_back_locked(&mut state, part, Watch::No, buffers)?;
         }
         Ok(pages)
     }
@@ -290,12 +366,15 @@ impl AddressSpace {
         &self,
         state: &mut State,
         range: Range<u64>,
+        watch: Watch,
         buffers: &mut RestoreBuffers,
     ) -> Result<u64, RestoreError> {
         let Belongs::Image(origin) = state.view.at(range.start) else { return Ok(0) };
         let shift = range.start.wrapping_sub(origin);
         let of_image = origin..origin + (range.end - range.start);
         let userfault = &state.userfault;
+        let write_protect = watch == Watch::Yes && userfault.tracks_writes();
+        let mode = CopyMode { write_protect, ..CopyMode::default() };
         let mut pages = 0;
         for_each_content(
             &self.index,
@@ -305,7 +384,7 @@ impl AddressSpace {
             |address, file, content| {
                 if !file {
                     pages += (content.len() / PAGE_SIZE) as u64;
-                    userfault.copy(address.wrapping_add(shift), content, CopyMode::default())?;
+                    userfault.copy(address.wrapping_add(shift), content, mode)?;
                 }
                 Ok(())
             },
@@ -313,49 +392,130 @@ impl AddressSpace {
         Ok(pages)
     }
 
-    /// Puts back up to `pages` more pages, in the order of addresses. Returns whether all are back
-    /// now; then the userfaultfd has been released, and nothing is left to serve.
+    /// Puts back up to `pages` more pages, in the order of addresses. When all are back, the
+    /// userfaultfd is released, or, with `keep`, stays if it tells of writes.
     ///
     /// # Errors
     /// As [`AddressSpace::serve`].
     pub fn fill(
         &self,
         pages: u64,
+        keep: bool,
         buffers: &mut RestoreBuffers,
         served: &mut Served,
-    ) -> Result<bool, RestoreError> {
+    ) -> Result<Filling, RestoreError> {
         let mut state = self.lock();
         self.serve_locked(&mut state, 1, buffers, served)?;
+        if state.suspended || state.filling == Filling::Released {
+            return Ok(state.filling);
+        }
         let from = state.filled_to;
         let mut ranges = state.view.ranges().filter(|(r, _)| r.end > from);
         let Some((range, _)) = ranges.next() else {
             drop(ranges);
-            return match state.userfault.unregister_all() {
-                Ok(()) => Ok(true),
-                // The kernel's two ways of saying that the address space is gone.
-                Err(error) if matches!(error.raw_os_error(), Some(ESRCH | ENOMEM)) => {
-                    self.is_gone(&state, error)
-                }
-                Err(error) => Err(RestoreError::Release(error)),
-            };
+            state.filling = Filling::Done;
+            if !(keep && !self.child && state.userfault.tracks_writes()) {
+                self.release(&mut state)?;
+            }
+            return Ok(state.filling);
         };
         drop(ranges);
         let start = range.start.max(from);
         let end = range.end.min(start + pages * PAGE);
-        match self.put_back_locked(&mut state, start..end, buffers) {
+        match self.put_back_locked(&mut state, start..end, Watch::Yes, buffers) {
             Ok(_) => state.filled_to = end,
             // Tried again after reading what it does.
             Err(RestoreError::Fill(FillError::Changing { .. })) => {}
             Err(error) => return Err(error),
         }
-        Ok(false)
+        Ok(Filling::Going)
     }
 
-    /// Whether `error` came from releasing a userfaultfd whose process has ended.
-    fn is_gone(&self, state: &State, error: std::io::Error) -> Result<bool, RestoreError> {
+    fn release(&self, state: &mut State) -> Result<(), RestoreError> {
+        // A child's process is not known; its mappings are where its parent's were.
+        let released = match self.child {
+            true => state.userfault.unregister_all(),
+            false => {
+                let pid = self.index.table().processes[self.process].pid;
+                state.userfault.unregister_process(pid)
+            }
+        };
+        match released {
+            Ok(()) => {}
+            // The kernel's two ways of saying that the address space is gone.
+            Err(error) if matches!(error.raw_os_error(), Some(ESRCH | ENOMEM)) => {
+                self.check_gone(state, error)?;
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(RestoreError::Release(error)),
+        }
+        state.filling = Filling::Released;
+        Ok(())
+    }
+
+    /// Stops serving, and says what belongs where. The process must be frozen. Changes that it
+    /// reported before are followed first.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::serve`]; it is served on then.
+    pub fn suspend(
+        &self,
+        buffers: &mut RestoreBuffers,
+        served: &mut Served,
+    ) -> Result<SpaceView, RestoreError> {
+        let mut state = self.lock();
+        self.serve_locked(&mut state, 1, buffers, served)?;
+        state.suspended = true;
+        Ok(state.view.export())
+    }
+
+    /// Serves again after [`AddressSpace::suspend`].
+    pub fn resume(&self) {
+        self.lock().suspended = false;
+    }
+
+    /// Whether writes are told from outside, so that [`AddressSpace::suspend`] is of use.
+    #[must_use]
+    pub fn tracks_writes(&self) -> bool {
+        let state = self.lock();
+        !self.child && state.filling != Filling::Released && state.userfault.tracks_writes()
+    }
+
+    /// Whether the process has ended, as far as can be told by asking: for one whose userfaultfd
+    /// tells of writes.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        let state = self.lock();
+        // Lifting the protection of a page is harmless: it counts as written to then.
+        state.userfault.registered().first().is_some_and(|range| {
+            let page = range.start..range.start + PAGE;
+            let lifted = state.userfault.write_protect(page, false);
+            lifted.is_err_and(|error| error.raw_os_error() == Some(ESRCH))
+        })
+    }
+
+    /// The process drops the pages of a range itself. In the heap, which the C library trims and
+    /// fills again all the time, nothing of that needs us any more.
+    fn remove(&self, state: &mut State, range: Range<u64>) {
+        state.view.remove(range.clone());
+        let table = &self.index.table().processes[self.process];
+        let in_heap = table
+            .heap
+            .iter()
+            .any(|(start, length)| *start <= range.start && range.end <= start + length);
+        if in_heap
+            && range.end - range.start >= HOLE_PAGES * PAGE
+            && state.userfault.unregister(range.clone()).is_ok()
+        {
+            state.view.forget(range);
+        }
+    }
+
+    /// `error` came from releasing a userfaultfd: no matter if its process has ended.
+    fn check_gone(&self, state: &State, error: std::io::Error) -> Result<(), RestoreError> {
         let page = state.userfault.registered().first().map_or(0, |range| range.start);
         match state.userfault.zeropage(page..page + PAGE, true) {
-            Err(FillError::Gone) => Ok(true),
+            Err(FillError::Gone) => Ok(()),
             _ => Err(RestoreError::Release(error)),
         }
     }
@@ -365,8 +525,7 @@ impl AddressSpace {
         let features = state.userfault.features();
         let userfault = UserFault::from_parts(userfault, features, registered, None);
         let view = state.view.clone();
-        let state = State { userfault, view, filled_to: 0 };
-        Self { index: Arc::clone(&self.index), process: self.process, state: state.into() }
+        Self::new(&self.index, self.process, true, userfault, view)
     }
 
     /// Calls `then` with the descriptor to wait on.

@@ -9,6 +9,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
+use crate::plan::Reused;
+
 /// What belongs at an address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Belongs {
@@ -35,7 +39,48 @@ pub struct AddressView {
     changed: bool,
 }
 
+/// An [`AddressView`] as it is told to others.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct SpaceView {
+    /// Registered ranges in order: first address, length, and the image's address of the first
+    /// byte, or none where the process dropped what the image has.
+    pub pieces: Vec<(u64, u64, Option<u64>)>,
+}
+
+impl SpaceView {
+    /// All ranges that are registered with the userfaultfd, neighbours joined.
+    #[must_use]
+    pub fn registered(&self) -> Vec<Range<u64>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for (start, length, _) in &self.pieces {
+            match ranges.last_mut() {
+                Some(last) if last.end == *start => last.end += length,
+                _ => ranges.push(*start..start + length),
+            }
+        }
+        ranges
+    }
+
+    /// The parts of `range` that belong to the image.
+    #[must_use]
+    pub fn of_image(&self, range: &Range<u64>) -> Vec<Reused> {
+        let within = |(start, length, origin): &(u64, u64, Option<u64>)| {
+            let part = range.start.max(*start)..range.end.min(start + length);
+            let origin = (*origin)? + part.start.saturating_sub(*start);
+            (part.start < part.end).then_some(Reused { range: part, origin })
+        };
+        self.pieces.iter().filter_map(within).collect()
+    }
+}
+
 impl AddressView {
+    /// What is told to others.
+    #[must_use]
+    pub fn export(&self) -> SpaceView {
+        let piece = |(start, piece): (&u64, &Piece)| (*start, piece.end - start, piece.image);
+        SpaceView { pieces: self.pieces.iter().map(piece).collect() }
+    }
+
     /// The view right after dropping: every page belongs where the image says.
     #[must_use]
     pub fn new(registered: &[Range<u64>]) -> Self {

@@ -3,10 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result};
-use medes_agent::dedup::{Estimate, Options, Subject, estimate};
+use medes_agent::dedup::{Cancel, Estimate, Operation, Options, Subject};
 use medes_agent::encode::{Bases, PageEncoder, PageSource};
 use medes_core::{DomainId, FunctionId, NodeId, PageRef};
 use medes_pages::{Fingerprint, FingerprintConfig, Fingerprinter, Page, encoding, is_zero};
@@ -116,8 +115,10 @@ impl Bank {
         let near = Near { node: NODE, function };
         let subject = Subject { domain: DOMAIN, function, near, scope };
         let options = Options { fingerprints: self.fingerprints, workers: 1, new_base: false };
-        let never = AtomicBool::new(false);
-        Ok(estimate(pids, &self.store, &self.registry, subject, options, &never)?)
+        let never = Cancel::default();
+        let Self { store, registry, .. } = self;
+        let operation = Operation { store, registry, subject, options, cancel: &never };
+        Ok(operation.estimate(pids)?)
     }
 
     /// An encoder for pages of a sandbox of `function`; `own` are the base snapshots to be tried

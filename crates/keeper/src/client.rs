@@ -53,6 +53,8 @@ pub enum Unasked {
         sandbox: SandboxId,
         /// The restore's number.
         number: u64,
+        /// Whether it is watched further, for which the image has to stay.
+        watched: bool,
     },
     /// A sandbox ended while nobody waited for it.
     Ended {
@@ -174,8 +176,8 @@ impl Keeper {
                     Ok(Some(Message::Ended { sandbox, how })) => {
                         let _ = news.send(Unasked::Ended { sandbox, how });
                     }
-                    Ok(Some(Message::Filled { sandbox, number })) => {
-                        let _ = news.send(Unasked::Filled { sandbox, number });
+                    Ok(Some(Message::Filled { sandbox, number, watched })) => {
+                        let _ = news.send(Unasked::Filled { sandbox, number, watched });
                     }
                     Ok(None) => break,
                     Err(error) => {

@@ -5,6 +5,7 @@
 //! `pidfd_getfd(2)`, named by process and number.
 
 use bytes::Bytes;
+use medes_agent::view::SpaceView;
 use medes_core::SandboxId;
 use medes_runtime::Request;
 use medes_sandbox::SandboxSpec;
@@ -16,7 +17,7 @@ use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Changed whenever the messages change: a daemon does not talk to a keeper of another version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The longest frame, bytes: a request's payload and its head.
 const MAX_FRAME: u32 = 16 * 1024 * 1024;
@@ -82,8 +83,20 @@ pub enum Command {
         /// Bring back in the background, after the first request, what nobody touched.
         fill: bool,
     },
-    /// Bring all memory of a running sandbox back now, if some is still away.
+    /// Bring all memory of a running sandbox back now, if some is still away, and watch it no
+    /// longer.
     Complete {
+        /// The sandbox.
+        sandbox: SandboxId,
+    },
+    /// Stop serving the memory of a frozen sandbox that was restored before, and say what of its
+    /// image is still its own.
+    Suspend {
+        /// The sandbox.
+        sandbox: SandboxId,
+    },
+    /// Serve it on: it was not deduplicated after all.
+    Resume {
         /// The sandbox.
         sandbox: SandboxId,
     },
@@ -124,6 +137,9 @@ pub enum Message {
         sandbox: SandboxId,
         /// The restore's number ([`Restored::number`]).
         number: u64,
+        /// Whether it is watched further, so that the sandbox's next dedup is cheap
+        /// ([`Command::Suspend`]). The image has to stay as long.
+        watched: bool,
     },
     /// A sandbox ended while nobody waited for it.
     Ended {
@@ -161,6 +177,8 @@ pub enum Reply {
     },
     /// To [`Command::Restore`].
     Restored(Restored),
+    /// To [`Command::Suspend`]: for each process of the image.
+    Suspended(Vec<SpaceView>),
 }
 
 /// What came of a start.

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
 use medes_agent::RestoreError;
-use medes_agent::restore::{AddressSpace, RestoreBuffers, Revived, Served};
+use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Revived, Served};
+use medes_agent::view::SpaceView;
 use medes_agent::working_set::{Prefetch, WorkingSet};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
@@ -34,11 +35,19 @@ pub(crate) struct Returning {
     spaces: Mutex<Vec<Watch>>,
     touched: Mutex<Vec<Vec<u64>>>,
     prefetch: Prefetch,
+    /// How many processes the image has.
+    processes: usize,
+    /// The address spaces while somebody else has them, in the image's order.
+    suspended: Mutex<Vec<Arc<AddressSpace>>>,
     /// Pages put back with each one that a thread waits for.
     neighbours: u64,
     concluded: AtomicBool,
-    /// No more filling: the sandbox is gone.
+    /// No more filling: the sandbox is gone, or somebody else has its memory.
     stopped: AtomicBool,
+    /// Held while pages are filled in.
+    filling: Mutex<()>,
+    /// Whether all is back.
+    filled: AtomicBool,
     faults: AtomicU64,
     pages: AtomicU64,
     kill: Box<dyn Fn(&str) + Send + Sync>,
@@ -87,7 +96,7 @@ impl Service {
             medes_memory::priority::lower_this_thread();
             let mut buffers = RestoreBuffers::default();
             for FillJob { memory, filled } in jobs {
-                if filler.fill(&memory, &mut buffers) {
+                if filler.fill(&memory, true, &mut buffers) {
                     filled();
                 }
             }
@@ -108,12 +117,16 @@ impl Service {
             number: self.shared.next.fetch_add(1, Ordering::Relaxed),
             fill: fill.into(),
             spaces: Mutex::default(),
+            suspended: Mutex::default(),
             touched: Mutex::default(),
             // Alone as long as it is being learned which pages are needed.
             neighbours: if prefetch.is_empty() { 1 } else { NEIGHBOURS },
             prefetch,
+            processes: revived.spaces.len(),
             concluded: false.into(),
             stopped: false.into(),
+            filling: Mutex::default(),
+            filled: false.into(),
             faults: 0.into(),
             pages: revived.pages.into(),
             kill,
@@ -138,15 +151,44 @@ impl Service {
     /// Serves the sandbox no longer: it is gone.
     pub(crate) fn forget(&self, memory: &Returning) {
         memory.stopped.store(true, Ordering::Release);
+        lock(&memory.suspended).clear();
         let keys: Vec<u64> = lock(&memory.spaces).iter().map(|watch| watch.key).collect();
         for key in keys {
             self.shared.unwatch(memory, key);
         }
     }
 
-    /// Fills in the rest at once. False if the sandbox is gone.
-    pub(crate) fn fill_now(&self, memory: &Arc<Returning>, buffers: &mut RestoreBuffers) -> bool {
-        self.shared.fill(memory, buffers)
+    /// Brings back at once what is still away, and lets go of the memory. False if the sandbox is
+    /// gone.
+    pub(crate) fn complete(&self, memory: &Arc<Returning>, buffers: &mut RestoreBuffers) -> bool {
+        self.shared.fill(memory, false, buffers)
+    }
+
+    /// Stops serving and filling, and says what belongs where in each process of the image. The
+    /// sandbox must be frozen.
+    pub(crate) fn suspend(
+        &self,
+        memory: &Arc<Returning>,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<Vec<SpaceView>, String> {
+        memory.stopped.store(true, Ordering::Release);
+        // What is being filled in now comes to its end first.
+        drop(lock(&memory.filling));
+        let result = self.shared.suspend(memory, buffers);
+        if result.is_err() {
+            memory.stopped.store(false, Ordering::Release);
+        }
+        result
+    }
+
+    /// Serves a suspended sandbox on.
+    pub(crate) fn resume(&self, memory: &Arc<Returning>) -> io::Result<()> {
+        memory.stopped.store(false, Ordering::Release);
+        for space in std::mem::take(&mut *lock(&memory.suspended)) {
+            space.resume();
+            self.shared.watch(memory, space)?;
+        }
+        Ok(())
     }
 }
 
@@ -166,6 +208,22 @@ impl Returning {
     /// The restore's number.
     pub(crate) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Whether all is back.
+    fn is_filled(&self) -> bool {
+        self.filled.load(Ordering::Acquire)
+    }
+
+    /// Whether the memory still tells of writes.
+    pub(crate) fn tracks_writes(&self) -> bool {
+        let spaces = lock(&self.spaces);
+        !spaces.is_empty() && spaces.iter().all(|watch| watch.space.tracks_writes())
+    }
+
+    /// Whether filling in the rest was begun and stopped in the middle.
+    pub(crate) fn is_half_filled(&self) -> bool {
+        !self.is_filled() && !self.fill.load(Ordering::Acquire)
     }
 
     /// Whether filling in the rest is due; true once at most.
@@ -268,40 +326,109 @@ impl Shared {
         }
     }
 
-    /// Fills in everything. False if it was stopped or the sandbox is gone.
-    fn fill(&self, memory: &Arc<Returning>, buffers: &mut RestoreBuffers) -> bool {
+    /// Fills in everything, and with `keep` leaves watched what tells of writes. False if it was
+    /// stopped or the sandbox is gone.
+    fn fill(&self, memory: &Arc<Returning>, keep: bool, buffers: &mut RestoreBuffers) -> bool {
+        let due = |space: &AddressSpace| match space.filling() {
+            Filling::Going => true,
+            Filling::Done => !keep,
+            Filling::Released => false,
+        };
         loop {
-            let next = lock(&memory.spaces).last().map(|w| (w.key, Arc::clone(&w.space)));
-            let Some((key, space)) = next else { return true };
-            loop {
-                if memory.stopped.load(Ordering::Acquire) {
+            let next = {
+                let spaces = lock(&memory.spaces);
+                let next = spaces.iter().rev().find(|watch| due(&watch.space));
+                next.map(|watch| (watch.key, Arc::clone(&watch.space)))
+            };
+            let Some((key, space)) = next else {
+                memory.filled.store(true, Ordering::Release);
+                return true;
+            };
+            let filling = lock(&memory.filling);
+            if memory.stopped.load(Ordering::Acquire) {
+                return false;
+            }
+            let mut served = Served::default();
+            let result = space.fill(FILL_PAGES, keep, buffers, &mut served);
+            drop(filling);
+            memory.record(space.process(), &served);
+            for child in served.children.drain(..) {
+                if let Err(error) = self.watch(memory, child) {
+                    (memory.kill)(&format!("a forked process can't be served: {error}"));
                     return false;
                 }
-                let mut served = Served::default();
-                let result = space.fill(FILL_PAGES, buffers, &mut served);
-                memory.record(space.process(), &served);
-                for child in served.children.drain(..) {
-                    if let Err(error) = self.watch(memory, child) {
-                        (memory.kill)(&format!("a forked process can't be served: {error}"));
-                        return false;
-                    }
+            }
+            match result {
+                Ok(Filling::Going | Filling::Done) => {}
+                Ok(Filling::Released) => self.unwatch(memory, key),
+                Err(error) if error.is_gone() => self.unwatch(memory, key),
+                Err(error) => {
+                    self.unwatch(memory, key);
+                    (memory.kill)(&error.to_string());
+                    return false;
                 }
-                match result {
-                    Ok(false) => {}
-                    Ok(true) => {
-                        self.unwatch(memory, key);
-                        break;
-                    }
-                    Err(error) if error.is_gone() => {
-                        self.unwatch(memory, key);
-                        break;
-                    }
-                    Err(error) => {
-                        self.unwatch(memory, key);
-                        (memory.kill)(&error.to_string());
-                        return false;
-                    }
+            }
+        }
+    }
+
+    fn suspend(
+        &self,
+        memory: &Arc<Returning>,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<Vec<SpaceView>, String> {
+        self.forget_ended_children(memory);
+        let watches: Vec<(u64, Arc<AddressSpace>)> = {
+            let mut spaces = lock(&memory.spaces);
+            spaces.sort_unstable_by_key(|watch| watch.space.process());
+            spaces.iter().map(|watch| (watch.key, Arc::clone(&watch.space))).collect()
+        };
+        let all_known = watches
+            .iter()
+            .enumerate()
+            .all(|(n, (_, space))| space.process() == n && space.tracks_writes());
+        if !all_known || watches.len() != memory.processes {
+            return Err("not all of its processes tell what they write".into());
+        }
+        let mut views = Vec::with_capacity(watches.len());
+        let mut failed = None;
+        for (_, space) in &watches {
+            let mut served = Served::default();
+            let view = space.suspend(buffers, &mut served);
+            memory.record(space.process(), &served);
+            if !served.children.is_empty() {
+                failed = Some("it has just forked".to_owned());
+            }
+            for child in served.children {
+                if let Err(error) = self.watch(memory, child) {
+                    (memory.kill)(&format!("a forked process can't be served: {error}"));
                 }
+            }
+            match view {
+                Ok(view) => views.push(view),
+                Err(error) => failed = Some(error.to_string()),
+            }
+        }
+        if let Some(why) = failed {
+            watches.iter().for_each(|(_, space)| space.resume());
+            return Err(why);
+        }
+        for (key, space) in watches {
+            self.unwatch(memory, key);
+            lock(&memory.suspended).push(space);
+        }
+        Ok(views)
+    }
+
+    /// Children that have ended say nothing of it.
+    fn forget_ended_children(&self, memory: &Returning) {
+        let children: Vec<(u64, Arc<AddressSpace>)> = {
+            let spaces = lock(&memory.spaces);
+            let children = spaces.iter().filter(|watch| watch.space.is_child());
+            children.map(|watch| (watch.key, Arc::clone(&watch.space))).collect()
+        };
+        for (key, space) in children {
+            if space.has_ended() {
+                self.unwatch(memory, key);
             }
         }
     }

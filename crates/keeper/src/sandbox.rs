@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use medes_agent::restore::{HeldImage, RestoreBuffers};
+use medes_agent::view::SpaceView;
 use medes_agent::working_set::WorkingSet;
 use medes_core::SandboxId;
 use medes_runtime::{LambdaApi, Request, RuntimeEvent};
@@ -54,16 +55,20 @@ enum Memory {
     /// Where it belongs.
     #[default]
     Present,
-    /// Away; the image brings it back.
-    Held(HeldImage),
-    /// On its way back while the sandbox runs.
+    /// Away; the image brings it back. With it what the sandbox had before, from an earlier image,
+    /// until it is certain that the memory has gone again.
+    Held(HeldImage, Option<Arc<Returning>>),
+    /// On its way back while the sandbox runs, or back and watched.
     Returning(Arc<Returning>),
+    /// Given away by [`Held::suspend`].
+    Suspended(Arc<Returning>),
 }
 
 /// What is told of a sandbox unasked.
 pub(crate) enum News {
-    /// All its memory is back after the restore with this number.
-    Filled(u64),
+    /// All its memory is back after the restore with this number, and whether it is watched
+    /// further.
+    Filled(u64, bool),
     /// It has ended and nothing is left of it; how, if nobody has heard it yet.
     Ended(Option<Ending>),
 }
@@ -148,7 +153,9 @@ impl Held {
         let (starting, pending) = {
             let mut state = self.lock();
             state.ended = Some(ending.clone());
-            if let Memory::Returning(memory) = std::mem::take(&mut state.memory) {
+            if let Memory::Returning(memory) | Memory::Suspended(memory) =
+                std::mem::take(&mut state.memory)
+            {
                 self.common.service.forget(&memory);
             }
             (state.starting.take(), state.pending.take())
@@ -208,25 +215,29 @@ impl Held {
         let (faults, pages) = memory.counts();
         tracing::debug!(sandbox = %self.id, faults, pages, "memory back so far, after a request");
         if memory.take_fill_order() {
-            let (held, of) = (Arc::clone(self), Arc::clone(memory));
-            self.common.service.fill_later(memory, move || {
-                if let Some(number) = held.settled(&of) {
-                    (held.tell)(News::Filled(number));
-                }
-            });
+            self.fill(memory);
         }
     }
 
-    /// All of `memory` is back. Gives the restore's number, if that is news.
-    fn settled(&self, memory: &Arc<Returning>) -> Option<u64> {
-        let mut state = self.lock();
-        match &state.memory {
-            Memory::Returning(now) if Arc::ptr_eq(now, memory) => {
-                state.memory = Memory::Present;
-                Some(memory.number())
+    /// Fills in the rest in the background.
+    fn fill(self: &Arc<Self>, memory: &Arc<Returning>) {
+        let (held, of) = (Arc::clone(self), Arc::clone(memory));
+        self.common.service.fill_later(memory, move || {
+            let watched = of.tracks_writes();
+            if held.settled(&of, watched) {
+                (held.tell)(News::Filled(of.number(), watched));
             }
-            _ => None,
+        });
+    }
+
+    /// All of `memory` is back, and watched further or not. Returns whether that is news.
+    fn settled(&self, memory: &Arc<Returning>, watched: bool) -> bool {
+        let mut state = self.lock();
+        let is_news = matches!(&state.memory, Memory::Returning(now) if Arc::ptr_eq(now, memory));
+        if is_news && !watched {
+            state.memory = Memory::Present;
         }
+        is_news
     }
 
     /// Kills what is left of the process tree and removes the cgroup.
@@ -262,8 +273,12 @@ impl Held {
             let _ = answer.send(Answer::Ended(ending.clone()));
             return Ok(());
         }
-        if matches!(state.memory, Memory::Held(_)) {
-            return Err("the sandbox is in the dedup state: restore it first".into());
+        match state.memory {
+            Memory::Present | Memory::Returning(_) => {}
+            Memory::Held(..) => {
+                return Err("the sandbox is in the dedup state: restore it first".into());
+            }
+            Memory::Suspended(_) => return Err("the sandbox is being deduplicated".into()),
         }
         self.api.send(request).map_err(|busy| busy.to_string())?;
         state.pending = Some(answer);
@@ -304,24 +319,62 @@ impl Held {
         if state.ended.is_some() {
             return Err("the sandbox has ended".into());
         }
-        match state.memory {
-            Memory::Present => {}
-            Memory::Held(_) => return Err("the sandbox is in the dedup state already".into()),
-            Memory::Returning(_) => return Err("the sandbox's memory is not back yet".into()),
-        }
         if !self.api.is_idle() {
             return Err("the sandbox is not waiting for a request".into());
         }
-        state.memory = Memory::Held(image);
+        let before = match std::mem::take(&mut state.memory) {
+            Memory::Present => None,
+            Memory::Suspended(before) => Some(before),
+            other => {
+                state.memory = other;
+                return Err("the sandbox's memory is not all its own".into());
+            }
+        };
+        state.memory = Memory::Held(image, before);
         Ok(())
     }
 
     /// Lets go of it again.
     pub(crate) fn release(&self) {
         let mut state = self.lock();
-        if matches!(state.memory, Memory::Held(_)) {
-            state.memory = Memory::Present;
+        state.memory = match std::mem::take(&mut state.memory) {
+            Memory::Held(_, None) => Memory::Present,
+            Memory::Held(_, Some(before)) => Memory::Suspended(before),
+            other => other,
+        };
+    }
+
+    /// Stops serving the memory of the sandbox, which must be frozen, and says what of its image is
+    /// still its own, process by process. Blocks.
+    pub(crate) fn suspend(&self, buffers: &mut RestoreBuffers) -> Result<Vec<SpaceView>, String> {
+        let mut state = self.lock();
+        let memory = match &state.memory {
+            Memory::Returning(memory) => Arc::clone(memory),
+            _ => return Err("the sandbox's memory is not watched".into()),
+        };
+        let views = self.common.service.suspend(&memory, buffers)?;
+        state.memory = Memory::Suspended(memory);
+        Ok(views)
+    }
+
+    /// Serves the memory of a suspended sandbox on. The sandbox is killed if that can't be.
+    pub(crate) fn resume(self: &Arc<Self>) -> Result<(), String> {
+        let mut state = self.lock();
+        let memory = match &state.memory {
+            Memory::Suspended(memory) => Arc::clone(memory),
+            _ => return Err("the sandbox is not suspended".into()),
+        };
+        if let Err(error) = self.common.service.resume(&memory) {
+            drop(state);
+            self.kill();
+            return Err(format!("serving faults: {error}"));
         }
+        state.memory = Memory::Returning(Arc::clone(&memory));
+        drop(state);
+        if memory.is_half_filled() {
+            self.fill(&memory);
+        }
+        Ok(())
     }
 
     /// Puts back what must be there and lets the sandbox run; the rest of its memory follows as it
@@ -334,7 +387,8 @@ impl Held {
     ) -> Result<Restored, String> {
         let mut state = self.lock();
         let image = match std::mem::take(&mut state.memory) {
-            Memory::Held(image) => image,
+            // What there was before is gone for good.
+            Memory::Held(image, _) => image,
             other => {
                 state.memory = other;
                 return Err("the sandbox is not in the dedup state".into());
@@ -382,17 +436,18 @@ impl Held {
         Ok((memory, Restored { number, pages, pages_us, thaw_us: micros(start) - pages_us }))
     }
 
-    /// Brings all memory back now, if some is still away while the sandbox runs. Blocks.
+    /// Brings all memory back now, if some is still away while the sandbox runs, and watches it no
+    /// longer. Blocks.
     pub(crate) fn complete(&self, buffers: &mut RestoreBuffers) -> Result<(), String> {
         let memory = match &self.lock().memory {
             Memory::Present => return Ok(()),
-            Memory::Held(_) => return Err("the sandbox is in the dedup state".into()),
             Memory::Returning(memory) => Arc::clone(memory),
+            _ => return Err("the sandbox is in the dedup state".into()),
         };
-        if !self.common.service.fill_now(&memory, buffers) {
+        if !self.common.service.complete(&memory, buffers) {
             return Err("the sandbox has ended".into());
         }
-        self.settled(&memory);
+        self.settled(&memory, false);
         Ok(())
     }
 

@@ -183,6 +183,13 @@ impl Shared {
             Command::Complete { sandbox } => {
                 done(self.with_buffers(sandbox, |held, b| held.complete(b)).await)
             }
+            Command::Suspend { sandbox } => {
+                let views = self.with_buffers(sandbox, |held, b| held.suspend(b)).await;
+                views.map_or_else(Reply::Refused, Reply::Suspended)
+            }
+            Command::Resume { sandbox } => {
+                done(self.with_buffers(sandbox, |held, _| held.resume()).await)
+            }
             Command::Stop => {
                 self.kill_all().await;
                 self.stop.notify_one();
@@ -215,7 +222,7 @@ impl Shared {
         let shared = Arc::clone(self);
         let tell = move |news| {
             let message = match news {
-                News::Filled(number) => Message::Filled { sandbox, number },
+                News::Filled(number, watched) => Message::Filled { sandbox, number, watched },
                 News::Ended(unheard) => {
                     lock(&shared.sandboxes).remove(&sandbox);
                     let Some(how) = unheard else { return };
@@ -253,7 +260,7 @@ impl Shared {
     async fn with_buffers<R: Send + 'static>(
         self: Arc<Self>,
         sandbox: SandboxId,
-        work: impl FnOnce(&Held, &mut RestoreBuffers) -> Result<R, String> + Send + 'static,
+        work: impl FnOnce(&Arc<Held>, &mut RestoreBuffers) -> Result<R, String> + Send + 'static,
     ) -> Result<R, String> {
         let held = self.find(sandbox)?;
         let blocking = tokio::task::spawn_blocking(move || {

@@ -186,6 +186,16 @@ impl<F: Freezer> Session<F> {
         UserFault::create(process, options)
     }
 
+    /// Ends injected work for now: no thread runs, not even to the kernel's own doorstep, where it
+    /// may write to the process's memory (rseq(2)), until something is injected again.
+    ///
+    /// # Errors
+    /// [`SessionError::Inject`].
+    pub fn settle(&mut self) -> Result<(), SessionError> {
+        self.processes.iter_mut().try_for_each(SeizedProcess::settle)?;
+        Ok(())
+    }
+
     /// Registers mappings and drops pages, in this order. What the kernel does not let be
     /// registered stays resident.
     ///
@@ -231,6 +241,26 @@ impl<F: Freezer> Session<F> {
     /// See [`SessionError`]. Processes that lack pages and could not be frozen are killed.
     pub fn close(mut self) -> Result<(), SessionError> {
         self.end()
+    }
+
+    /// Ends injected work and lets every process run on, without freezing the group again. If any
+    /// of them lacks pages this is [`Session::close`]: they may not run.
+    ///
+    /// # Errors
+    /// See [`SessionError`].
+    pub fn resume(mut self) -> Result<(), SessionError> {
+        if !self.lacking.is_empty() {
+            return self.end();
+        }
+        self.closed = true;
+        let mut result = Ok(());
+        for process in std::mem::take(&mut self.processes) {
+            match process.detach() {
+                Ok(()) | Err(InjectError::Gone(_)) => {}
+                Err(error) => result = result.and(Err(error.into())),
+            }
+        }
+        result
     }
 
     fn end(&mut self) -> Result<(), SessionError> {

@@ -73,6 +73,8 @@ pub struct DedupReport {
     pub unique_pages: u64,
     /// Pages whose base page belongs to another function.
     pub foreign_pages: u64,
+    /// Pages taken over from the sandbox's image before: nobody has written to them since.
+    pub reused_pages: u64,
     /// Pages that must stay in the sandbox (such as restartable-sequence areas).
     pub kept_pages: u64,
     /// Bytes that this operation added to the store as a base snapshot.

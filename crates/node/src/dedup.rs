@@ -6,14 +6,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use medes_agent::dedup::{DedupError, Hindrance, Holder, Options, Subject, dedup};
-use medes_core::SandboxId;
-use medes_keeper::Keeper;
+use medes_agent::dedup::{DedupError, Hindrance, Holder, Operation, Options, Previous, Subject};
+use medes_agent::index::ImageIndex;
+use medes_agent::view::SpaceView;
+use medes_core::{SandboxId, SnapshotId};
 use medes_keeper::protocol::{Command, Reply};
+use medes_keeper::{Keeper, KeeperError};
 use medes_memory::session::Freezer;
+use medes_memory::userfault::UserFault;
 use medes_registry::{Near, Scope};
 use medes_sandbox::Cgroup;
 use medes_store::{ImageHandle, StoreError};
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use crate::api::{DedupFailure, DedupReport};
@@ -24,18 +28,28 @@ use crate::table::{Deduplicated, Entry};
 /// an uninterruptible system call.
 const FREEZE_LIMIT: Duration = Duration::from_millis(500);
 
+type Answer = Result<DedupReport, DedupFailure>;
+
 /// Runs the operation on a thread of its own, which ends with it: the kernel ties stopped
 /// processes to the thread that stopped them.
-pub(crate) async fn run(
-    shared: Arc<Shared>,
-    entry: Arc<Entry>,
-    new_base: bool,
-) -> Result<DedupReport, DedupFailure> {
+pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, new_base: bool) -> Answer {
     let (done, wait) = oneshot::channel();
     let spawned = std::thread::Builder::new().name("dedup".into()).spawn(move || {
-        let result = operate(&shared, &entry, new_base);
-        entry.cancel.store(false, Ordering::Release);
-        let _ = done.send(result);
+        let done = Mutex::new(Some(done));
+        let answer = |result| {
+            if let Some(done) = done.lock().take() {
+                *entry.cancel.lock() = Arc::default();
+                let _ = done.send(result);
+            }
+        };
+        {
+            // The one before may have been cancelled and still be putting its things away.
+            let _operating = entry.operating.lock();
+            answer(operate(&shared, &entry, new_base, &|| answer(Err(DedupFailure::Cancelled))));
+        }
+        if entry.gone.load(Ordering::SeqCst) {
+            shared.drop_image(&entry);
+        }
     });
     if let Err(error) = spawned {
         let reason = format!("no thread for the operation: {error}");
@@ -44,41 +58,56 @@ pub(crate) async fn run(
     wait.await.unwrap_or_else(|_| Err(DedupFailure::Lost("the operation panicked".into())))
 }
 
-fn operate(shared: &Shared, entry: &Entry, new_base: bool) -> Result<DedupReport, DedupFailure> {
+fn operate(
+    shared: &Shared,
+    entry: &Entry,
+    new_base: bool,
+    cancelled: &(dyn Fn() + Sync),
+) -> Answer {
     let begin = Instant::now();
+    let cancel = Arc::clone(&entry.cancel.lock());
     // It may have answered a moment ago, and is on its way to its next call. That is not the time
     // to stop it: what it says to the keeper has to be said.
     let idle = shared.keeper().order_blocking(Command::Idle { sandbox: entry.id });
     idle.map_err(|e| DedupFailure::StaysWarm { reason: e.to_string(), lasting: false })?;
-    bring_all_back(shared, entry)?;
+    let mut previous = if new_base { None } else { previous(shared, entry)? };
+    if previous.is_none() {
+        bring_all_back(shared, entry)?;
+    }
     let before = shared.memory_use(entry);
     let base_before = shared.store.usage().snapshots;
-    let subject = Subject {
-        domain: entry.domain,
-        function: entry.function,
-        near: Near { node: shared.config.node, function: entry.function },
-        scope: Scope::Any,
+    let holder = KeeperHolds { keeper: shared.keeper(), sandbox: entry.id, cancelled };
+    let operation = Operation {
+        store: &shared.store,
+        registry: &shared.registry,
+        subject: Subject {
+            domain: entry.domain,
+            function: entry.function,
+            near: Near { node: shared.config.node, function: entry.function },
+            scope: Scope::Any,
+        },
+        options: Options {
+            fingerprints: shared.fingerprints,
+            workers: shared.config.dedup.workers,
+            new_base,
+        },
+        cancel: &cancel,
     };
-    let options = Options {
-        fingerprints: shared.fingerprints,
-        workers: shared.config.dedup.workers,
-        new_base,
-    };
-    let holder = KeeperHolds { keeper: shared.keeper(), sandbox: entry.id };
-    let attempt = || {
-        let (store, registry) = (&shared.store, &shared.registry);
-        let group = Group(&entry.cgroup);
-        dedup(group, store, registry, subject, options, &holder, &entry.cancel)
-    };
-    let result = match attempt() {
+    let attempt =
+        |previous: Option<&Previous>| operation.dedup(Group(&entry.cgroup), &holder, previous);
+    let mut result = attempt(previous.as_ref());
+    if let (Some(_), Err(DedupError::StaysWarm(why))) = (&previous, &result) {
+        tracing::debug!(sandbox = %entry.id, %why, "all of it is read again");
+        previous = None;
+        bring_all_back(shared, entry)?;
+        result = attempt(None);
+    }
+    if let Err(DedupError::StaysWarm(Hindrance::Store(StoreError::Full(_)))) = &result
         // What nobody uses gives way.
-        Err(DedupError::StaysWarm(Hindrance::Store(StoreError::Full(_))))
-            if shared.make_room(entry.function) > 0 =>
-        {
-            attempt()
-        }
-        result => result,
-    };
+        && shared.make_room(entry.function) + release_watched(shared, entry) > 0
+    {
+        result = attempt(previous.as_ref());
+    }
     let done = result.map_err(|error| match error {
         DedupError::Cancelled => DedupFailure::Cancelled,
         DedupError::StaysWarm(why) => {
@@ -87,8 +116,11 @@ fn operate(shared: &Shared, entry: &Entry, new_base: bool) -> Result<DedupReport
         DedupError::Lost(why) => DedupFailure::Lost(why),
     })?;
     let counts = done.counts;
+    tracing::debug!(sandbox = %entry.id, ?counts, "deduplicated");
     let dedup = Deduplicated { image: done.image, userfaults: done.userfaults, restore: None };
-    *entry.dedup.lock() = Some(dedup);
+    if let Some(before) = entry.dedup.lock().replace(dedup) {
+        shared.store.remove_image(before.image);
+    }
     Ok(DedupReport {
         pages: counts.pages,
         zero_pages: counts.zero,
@@ -96,6 +128,7 @@ fn operate(shared: &Shared, entry: &Entry, new_base: bool) -> Result<DedupReport
         patched_pages: counts.patched,
         unique_pages: counts.unique,
         foreign_pages: counts.foreign,
+        reused_pages: counts.reused,
         kept_pages: counts.kept,
         base_bytes: shared.store.usage().snapshots.saturating_sub(base_before),
         before,
@@ -106,9 +139,44 @@ fn operate(shared: &Shared, entry: &Entry, new_base: bool) -> Result<DedupReport
     })
 }
 
-/// Memory that is still on its way back since the last restore comes back first.
+/// What the operation before left, if the sandbox was restored since and its base snapshots are
+/// still to be used.
+fn previous(shared: &Shared, entry: &Entry) -> Result<Option<Previous>, DedupFailure> {
+    let dedup = entry.dedup.lock();
+    let Some(Deduplicated { image, userfaults, restore }) = &*dedup else { return Ok(None) };
+    if restore.is_none() {
+        return Err(warm("the sandbox is in the dedup state already".into()));
+    }
+    let in_use = |id: &SnapshotId| shared.store.snapshot(*id).is_some();
+    if !userfaults.iter().all(UserFault::tracks_writes) || !image.snapshots().iter().all(in_use) {
+        return Ok(None);
+    }
+    let index = ImageIndex::open(Arc::clone(&shared.view), image.extent());
+    let index = index.map_err(|e| warm(e.to_string()))?;
+    let userfaults = userfaults.iter().map(|u| u.duplicate(Vec::new())).collect::<io::Result<_>>();
+    Ok(Some(Previous { image: index, userfaults: userfaults.map_err(|e| warm(e.to_string()))? }))
+}
+
+/// Lets go of the images of other sandboxes that run with all their memory. Returns how many.
+fn release_watched(shared: &Shared, except: &Entry) -> usize {
+    let mut released = 0;
+    for entry in shared.table.all().iter().filter(|entry| entry.id != except.id) {
+        let Some(_operating) = entry.operating.try_lock() else { continue };
+        let runs = entry.dedup.lock().as_ref().is_some_and(|dedup| dedup.restore.is_some());
+        if runs && bring_all_back(shared, entry).is_ok() {
+            released += 1;
+        }
+    }
+    released
+}
+
+fn warm(reason: String) -> DedupFailure {
+    DedupFailure::StaysWarm { reason, lasting: false }
+}
+
+/// Memory that is still on its way back since the last restore comes back first, and is watched no
+/// longer.
 pub(crate) fn bring_all_back(shared: &Shared, entry: &Entry) -> Result<(), DedupFailure> {
-    let warm = |reason: String| DedupFailure::StaysWarm { reason, lasting: false };
     match &*entry.dedup.lock() {
         None => return Ok(()),
         Some(dedup) if dedup.restore.is_none() => {
@@ -140,34 +208,62 @@ impl Freezer for Group<'_> {
 }
 
 /// The keeper takes hold.
-struct KeeperHolds {
+struct KeeperHolds<'a> {
     keeper: Keeper,
     sandbox: SandboxId,
+    cancelled: &'a (dyn Fn() + Sync),
 }
 
-impl Holder for KeeperHolds {
+impl KeeperHolds<'_> {
+    fn order(&self, command: Command) -> Result<(), String> {
+        self.keeper.order_blocking(command).map_err(|e| e.to_string())
+    }
+
+    fn call(&self, command: Command) -> Result<Reply, String> {
+        match self.keeper.call_blocking(command) {
+            Ok(Reply::Refused(why)) => Err(why),
+            Ok(reply) => Ok(reply),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}
+
+impl Holder for KeeperHolds<'_> {
     fn hold(&self, image: &ImageHandle, userfaults: &[BorrowedFd<'_>]) -> Result<(), String> {
-        let command = Command::Hold {
+        self.order(Command::Hold {
             sandbox: self.sandbox,
             image: image.extent(),
             userfaults: userfaults.iter().map(AsRawFd::as_raw_fd).collect(),
-        };
-        self.keeper.order_blocking(command).map_err(|e| e.to_string())
+        })
     }
 
     fn release(&self) {
         let sandbox = self.sandbox;
-        if let Err(error) = self.keeper.order_blocking(Command::Release { sandbox }) {
+        if let Err(error) = self.order(Command::Release { sandbox }) {
             tracing::warn!(%sandbox, %error, "the keeper did not let go");
         }
     }
 
     fn put_back(&self) -> Result<(), String> {
-        match self.keeper.call_blocking(Command::Restore { sandbox: self.sandbox, fill: true }) {
-            Ok(Reply::Restored(_)) => Ok(()),
-            Ok(Reply::Refused(why)) => Err(why),
-            Ok(_) => Err("the keeper speaks another version of the protocol".into()),
-            Err(error) => Err(error.to_string()),
+        let sandbox = self.sandbox;
+        match self.call(Command::Restore { sandbox, fill: false })? {
+            Reply::Restored(_) => self.order(Command::Complete { sandbox }),
+            _ => Err(KeeperError::Protocol.to_string()),
         }
+    }
+
+    fn suspend(&self) -> Result<Vec<SpaceView>, String> {
+        match self.call(Command::Suspend { sandbox: self.sandbox })? {
+            Reply::Suspended(views) => Ok(views),
+            _ => Err(KeeperError::Protocol.to_string()),
+        }
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        self.order(Command::Resume { sandbox: self.sandbox })
+    }
+
+    fn cancelled(&self) {
+        (self.cancelled)();
     }
 }

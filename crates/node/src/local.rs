@@ -10,7 +10,7 @@ use medes_keeper::protocol::Command;
 use medes_keeper::{Keeper, Unasked, logs};
 use medes_registry::{LocalRegistry, Registry, RegistryConfig};
 use medes_sandbox::CgroupRoot;
-use medes_store::Store;
+use medes_store::{Store, View};
 use parking_lot::RwLock;
 use tokio::sync::mpsc;
 
@@ -52,6 +52,8 @@ impl Node {
             tracing::warn!(sandboxes = left, "cleaned up after an instance that did not end well");
         }
         let store = Store::create(config.node, config.store_capacity).map_err(NodeError::Store)?;
+        let memory = store.memory().descriptor().try_clone_to_owned();
+        let view = memory.and_then(View::open).map_err(NodeError::Store)?;
         let (keeper, ended) = launch(&config, &store).await?;
         let (events, received) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
@@ -63,6 +65,7 @@ impl Node {
             closing: false.into(),
             config,
             store,
+            view: Arc::new(view),
             fingerprints,
             root,
             events,
@@ -126,7 +129,8 @@ async fn listen(shared: Arc<Shared>, mut ended: mpsc::UnboundedReceiver<Unasked>
         while let Some(unasked) = ended.recv().await {
             let (sandbox, ending) = match unasked {
                 Unasked::Ended { sandbox, how } => (sandbox, how),
-                Unasked::Filled { sandbox, number } => {
+                Unasked::Filled { watched: true, .. } => continue,
+                Unasked::Filled { sandbox, number, watched: false } => {
                     if let Some(entry) = shared.table.get(sandbox) {
                         shared.filled(&entry, number);
                     }
@@ -197,7 +201,7 @@ impl NodeApi for Node {
 
     fn cancel_dedup(&self, sandbox: SandboxId) {
         if let Some(entry) = self.shared.table.get(sandbox) {
-            entry.cancel.store(true, Ordering::Release);
+            entry.cancel.lock().request();
         }
     }
 

@@ -43,7 +43,9 @@ impl Shared {
             domain: function.domain,
             cgroup,
             host_uid,
-            cancel: false.into(),
+            cancel: parking_lot::Mutex::default(),
+            operating: parking_lot::Mutex::default(),
+            gone: false.into(),
             doomed: false.into(),
             dedup: parking_lot::Mutex::new(None),
         }));

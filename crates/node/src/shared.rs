@@ -1,6 +1,7 @@
 //! What a node's operations share: store, registry, sandboxes, the keeper.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use medes_keeper::Keeper;
 use medes_keeper::protocol::Command;
 use medes_registry::LocalRegistry;
 use medes_sandbox::CgroupRoot;
-use medes_store::Store;
+use medes_store::{Store, View};
 use parking_lot::RwLock;
 use tokio::sync::mpsc;
 
@@ -27,6 +28,8 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) struct Shared {
     pub(crate) config: NodeConfig,
     pub(crate) store: Store,
+    /// The store as the keeper sees it, to read images.
+    pub(crate) view: Arc<View>,
     pub(crate) registry: LocalRegistry,
     pub(crate) table: Table,
     pub(crate) fingerprints: medes_pages::FingerprintConfig,
@@ -48,11 +51,16 @@ impl Shared {
     /// known, and nobody killed it on purpose.
     pub(crate) fn forget(&self, sandbox: SandboxId) -> bool {
         let Some(entry) = self.table.remove(sandbox) else { return false };
-        self.drop_image(&entry);
+        entry.gone.store(true, Ordering::SeqCst);
+        // An operation that is under way may be reading the image; it drops it at its end.
+        if let Some(_operating) = entry.operating.try_lock() {
+            self.drop_image(&entry);
+        }
         !entry.doomed.load(Ordering::Acquire)
     }
 
-    /// All memory is back after the restore `number`: the image has served its purpose.
+    /// All memory is back after the restore `number` and watched no longer: the image has served
+    /// its purpose.
     pub(crate) fn filled(&self, entry: &Entry, number: u64) {
         let mut dedup = entry.dedup.lock();
         if let Some(done) = dedup.take_if(|dedup| dedup.restore == Some(number)) {

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use medes_agent::dedup::Cancel;
 use medes_core::{DomainId, FunctionId, FunctionName, SandboxId};
 use medes_memory::userfault::UserFault;
 use medes_sandbox::Cgroup;
@@ -19,8 +20,13 @@ pub(crate) struct Entry {
     pub(crate) domain: DomainId,
     pub(crate) cgroup: Cgroup,
     pub(crate) host_uid: u32,
-    /// Set to make a dedup operation under way give up.
-    pub(crate) cancel: AtomicBool,
+    /// Makes the dedup operation that is under way, or the next one, give up. Another one takes its
+    /// place with each answer.
+    pub(crate) cancel: Mutex<Arc<Cancel>>,
+    /// Held for as long as a dedup operation is under way.
+    pub(crate) operating: Mutex<()>,
+    /// Set when the sandbox is no more.
+    pub(crate) gone: AtomicBool,
     /// Set before the sandbox is killed on purpose: its end is no news then.
     pub(crate) doomed: AtomicBool,
     /// What a dedup sandbox has in the page store.
@@ -35,7 +41,9 @@ pub(crate) struct Deduplicated {
     /// A second holder of its userfaultfds: should the keeper die, missing pages block instead of
     /// reading as zeros until the sandbox is killed.
     pub(crate) userfaults: Vec<UserFault>,
-    /// The number of the restore that is bringing its memory back, if it runs again.
+    /// The number of the restore that is bringing its memory back, or has, if it runs again. The
+    /// image stays then for as long as the memory is watched: the next dedup costs only what has
+    /// been written.
     pub(crate) restore: Option<u64>,
 }
 

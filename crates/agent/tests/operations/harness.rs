@@ -3,13 +3,17 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use medes_agent::RestoreError;
-use medes_agent::dedup::{DedupError, Deduplicated, Holder, Options, Subject, dedup};
-use medes_agent::restore::{HeldImage, RestoreBuffers, Revived, Served};
+use medes_agent::dedup::{
+    Cancel, DedupError, Deduplicated, Holder, Operation, Options, Previous, Subject,
+};
+use medes_agent::index::ImageIndex;
+use medes_agent::restore::{AddressSpace, Filling, HeldImage, RestoreBuffers, Revived, Served};
+use medes_agent::view::SpaceView;
 use medes_core::{DomainId, FunctionId, NodeId};
 use medes_memory::session::{Freezer, on_tracer_thread};
 use medes_pages::FingerprintConfig;
@@ -112,7 +116,11 @@ impl Freezer for Group<'_> {
 pub struct Bench {
     pub store: Store,
     pub registry: Box<dyn Registry>,
-    pub cancel: AtomicBool,
+    pub cancel: Cancel,
+    /// What was restored last and is watched.
+    pub watched: Mutex<Option<Revived>>,
+    /// How often an operation told of its end before it came.
+    pub cancelled: AtomicUsize,
     pub held: Mutex<Option<HeldImage>>,
     /// Runs when an image is to be held; an error refuses.
     pub on_hold: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
@@ -123,7 +131,9 @@ impl Bench {
         Self {
             store: Store::create(NodeId(0), capacity).expect("a store"),
             registry: Box::new(registry),
-            cancel: AtomicBool::new(false),
+            cancel: Cancel::default(),
+            watched: Mutex::new(None),
+            cancelled: AtomicUsize::new(0),
             held: Mutex::new(None),
             on_hold: Box::new(|| Ok(())),
         }
@@ -135,17 +145,44 @@ impl Bench {
     }
 
     pub fn dedup(&self, target: &Target, new_base: bool) -> Result<Deduplicated, DedupError> {
-        let subject = Subject {
-            domain: DomainId(1),
-            function: FUNCTION,
-            near: Near { node: NodeId(0), function: FUNCTION },
-            scope: Scope::Any,
+        self.dedup_with(target, new_base, None, &self.cancel)
+    }
+
+    /// Deduplicates a target that was restored by [`Bench::restore_watched`].
+    pub fn dedup_again(
+        &self,
+        target: &Target,
+        done: &Deduplicated,
+    ) -> Result<Deduplicated, DedupError> {
+        self.dedup_with(target, false, Some(&self.previous(done)), &self.cancel)
+    }
+
+    pub fn previous(&self, done: &Deduplicated) -> Previous {
+        let image = ImageIndex::open(self.view(), done.image.extent()).expect("an image");
+        let userfaults = done.userfaults.iter().map(|u| u.duplicate(Vec::new()));
+        Previous { image, userfaults: userfaults.collect::<io::Result<_>>().expect("descriptors") }
+    }
+
+    pub fn dedup_with(
+        &self,
+        target: &Target,
+        new_base: bool,
+        previous: Option<&Previous>,
+        cancel: &Cancel,
+    ) -> Result<Deduplicated, DedupError> {
+        let operation = Operation {
+            store: &self.store,
+            registry: &*self.registry,
+            subject: Subject {
+                domain: DomainId(1),
+                function: FUNCTION,
+                near: Near { node: NodeId(0), function: FUNCTION },
+                scope: Scope::Any,
+            },
+            options: Options { fingerprints: FingerprintConfig::default(), workers: 2, new_base },
+            cancel,
         };
-        let options = Options { fingerprints: FingerprintConfig::default(), workers: 2, new_base };
-        on_tracer_thread(|| {
-            let group = Group(&target.cgroup);
-            dedup(group, &self.store, &*self.registry, subject, options, self, &self.cancel)
-        })
+        on_tracer_thread(|| operation.dedup(Group(&target.cgroup), self, previous))
     }
 
     /// Lets the target run with none of its anonymous memory but what it touches, which comes
@@ -156,8 +193,40 @@ impl Bench {
         let revived = image.revive(&[], &mut buffers).expect("revives");
         target.cgroup.thaw().expect("thaws");
         let faults = serve_while(&revived, || meanwhile(target));
-        finish(&revived);
+        finish(&revived, false);
         faults
+    }
+
+    /// As [`Bench::restore`], with the memory watched from then on; some of it stays away unless
+    /// `fill` says otherwise.
+    pub fn restore_watched(
+        &self,
+        target: &mut Target,
+        fill: bool,
+        meanwhile: impl FnOnce(&mut Target),
+    ) {
+        let image = self.held.lock().unwrap().take().expect("an image is held");
+        let revived = image.revive(&[], &mut RestoreBuffers::default()).expect("revives");
+        target.cgroup.thaw().expect("thaws");
+        serve_while(&revived, || meanwhile(target));
+        if fill {
+            finish(&revived, true);
+        }
+        *self.watched.lock().unwrap() = Some(revived);
+    }
+
+    /// Serves the memory that is watched while `meanwhile` runs.
+    pub fn serve_watched(&self, meanwhile: impl FnOnce()) {
+        let watched = self.watched.lock().unwrap();
+        serve_while(watched.as_ref().expect("watched memory"), meanwhile);
+    }
+
+    /// Takes hold once more of what a target in the dedup state has.
+    pub fn reopen(&self, done: &Deduplicated) -> HeldImage {
+        let userfaults = done.userfaults.iter().map(|u| u.as_fd().try_clone_to_owned());
+        let userfaults: io::Result<Vec<OwnedFd>> = userfaults.collect();
+        let image = HeldImage::open(self.view(), done.image.extent(), userfaults.expect("open"));
+        image.expect("an image")
     }
 
     /// Nothing may be left in the store but base snapshots.
@@ -196,10 +265,11 @@ pub fn serve_while(revived: &Revived, work: impl FnOnce()) -> u64 {
     })
 }
 
-pub fn finish(revived: &Revived) {
+pub fn finish(revived: &Revived, keep: bool) {
     let mut buffers = RestoreBuffers::default();
     for space in &revived.spaces {
-        while !space.fill(64, &mut buffers, &mut Served::default()).expect("fills") {}
+        let mut fill = || space.fill(64, keep, &mut buffers, &mut Served::default());
+        while fill().expect("fills") == Filling::Going {}
     }
 }
 
@@ -219,5 +289,25 @@ impl Holder for Bench {
 
     fn put_back(&self) -> Result<(), String> {
         Err("not in these tests".into())
+    }
+
+    fn suspend(&self) -> Result<Vec<SpaceView>, String> {
+        let watched = self.watched.lock().unwrap();
+        let revived = watched.as_ref().ok_or("nothing is watched")?;
+        let suspend = |space: &Arc<AddressSpace>| {
+            space.suspend(&mut RestoreBuffers::default(), &mut Served::default())
+        };
+        let views: Result<Vec<_>, _> = revived.spaces.iter().map(suspend).collect();
+        views.map_err(|e| e.to_string())
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        let watched = self.watched.lock().unwrap();
+        watched.as_ref().ok_or("nothing is watched")?.spaces.iter().for_each(|s| s.resume());
+        Ok(())
+    }
+
+    fn cancelled(&self) {
+        self.cancelled.fetch_add(1, Ordering::Relaxed);
     }
 }

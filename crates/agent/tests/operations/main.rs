@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use harness::{Bench, Target};
 use medes_agent::RestoreError;
-use medes_agent::dedup::{DedupError, Hindrance};
-use medes_agent::restore::{RestoreBuffers, Served};
+use medes_agent::dedup::{Cancel, DedupError, Hindrance};
+use medes_agent::restore::{Filling, RestoreBuffers, Served};
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
 use medes_memory::pages::{PageClass, PageRun};
 use medes_memory::writer::write_pages;
@@ -239,7 +239,8 @@ fn a_sandbox_that_dies_in_the_middle_leaves_nothing() {
     let image = bench.held.lock().unwrap().take().expect("held");
     let mut buffers = RestoreBuffers::default();
     let gone = image.revive(&[], &mut buffers).and_then(|revived| {
-        while !revived.spaces[0].fill(64, &mut buffers, &mut Served::default())? {}
+        let space = &revived.spaces[0];
+        while space.fill(64, false, &mut buffers, &mut Served::default())? == Filling::Going {}
         Ok(())
     });
     assert!(gone.is_ok() || gone.is_err_and(|e| e.is_gone()));
@@ -267,14 +268,14 @@ fn a_request_cancels_at_any_moment() {
     bench.give_back(base);
     let mut cancelled = 0;
     for n in 0..20u64 {
+        let cancel = Cancel::default();
         let done = std::thread::scope(|scope| {
             scope.spawn(|| {
                 std::thread::sleep(Duration::from_micros(n * 2500));
-                bench.cancel.store(true, Ordering::Release);
+                cancel.request();
             });
-            bench.dedup(&target, false)
+            bench.dedup_with(&target, false, None, &cancel)
         });
-        bench.cancel.store(false, Ordering::Release);
         match done {
             Ok(done) => {
                 bench.restore(&mut target, Target::check);
@@ -285,6 +286,67 @@ fn a_request_cancels_at_any_moment() {
         }
         bench.assert_no_images();
         target.check();
+    }
+    assert!(cancelled > 0);
+    assert!(bench.cancelled.load(Ordering::Relaxed) > 0, "the sandbox waited for the operation");
+}
+
+#[test]
+fn the_next_dedup_costs_what_was_written() {
+    let bench = bench();
+    let (mut first, mut second) = (Target::start(17), Target::start(18));
+    let base = bench.dedup(&first, true).expect("deduplicates");
+    let mut done = bench.dedup(&second, false).expect("deduplicates");
+    let pages = done.counts.pages;
+    for cycle in 0..10 {
+        // Every other time some memory is still away when it goes again.
+        bench.restore_watched(&mut second, cycle % 2 == 0, Target::check);
+        let again = bench.dedup_again(&second, &done).expect("deduplicates");
+        let reused = again.counts.reused;
+        assert!(reused > pages / 2, "{reused} of {pages} pages reused in cycle {cycle}");
+        assert!(again.counts.pages.abs_diff(pages) < pages / 10, "{:?}", again.counts);
+        drop(done.userfaults);
+        bench.store.remove_image(done.image);
+        done = again;
+    }
+    bench.restore(&mut second, Target::check);
+    second.check();
+    bench.store.remove_image(done.image);
+    // The other process was dedup all the while.
+    *bench.held.lock().unwrap() = Some(bench.reopen(&base));
+    bench.restore(&mut first, Target::check);
+    bench.give_back(base);
+}
+
+#[test]
+fn a_request_cancels_the_next_dedup_at_any_moment() {
+    let bench = bench();
+    let mut target = Target::start(19);
+    let mut done = bench.dedup(&target, true).expect("deduplicates");
+    bench.restore_watched(&mut target, false, Target::check);
+    let mut cancelled = 0;
+    for n in 0..30u64 {
+        let cancel = Cancel::default();
+        let again = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_micros(n * 500));
+                cancel.request();
+            });
+            bench.dedup_with(&target, false, Some(&bench.previous(&done)), &cancel)
+        });
+        match again {
+            Ok(again) => {
+                drop(done.userfaults);
+                bench.store.remove_image(done.image);
+                done = again;
+                bench.restore_watched(&mut target, n % 2 == 0, Target::check);
+            }
+            Err(DedupError::Cancelled) => {
+                cancelled += 1;
+                bench.serve_watched(|| target.check());
+            }
+            Err(other) => panic!("{other}"),
+        }
     }
     assert!(cancelled > 0);
 }
@@ -312,9 +374,9 @@ fn a_corrupt_store_never_reaches_a_process() {
     let mut buffers = RestoreBuffers::default();
     let error = loop {
         let space = &revived.spaces[0];
-        match space.fill(64, &mut buffers, &mut Served::default()) {
-            Ok(false) => {}
-            Ok(true) => panic!("corrupt patches were taken for pages"),
+        match space.fill(64, false, &mut buffers, &mut Served::default()) {
+            Ok(Filling::Going) => {}
+            Ok(_) => panic!("corrupt patches were taken for pages"),
             Err(error) => break error,
         }
     };

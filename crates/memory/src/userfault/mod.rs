@@ -80,6 +80,16 @@ impl UserFaultFeatures {
         Self(self.0 | other.0)
     }
 
+    /// [`Self::EVENTS`], and [`Self::TRACK_WRITES`] where this kernel has all of it.
+    pub fn events_and_writes() -> Self {
+        match Self::supported() {
+            Some(supported) if supported.contains(Self::TRACK_WRITES) => {
+                Self::EVENTS.union(Self::TRACK_WRITES)
+            }
+            _ => Self::EVENTS,
+        }
+    }
+
     /// What is in both sets.
     pub const fn intersection(self, other: Self) -> Self {
         Self(self.0 & other.0)
@@ -156,6 +166,20 @@ impl UserFault {
     /// Features in use.
     pub fn features(&self) -> UserFaultFeatures {
         self.features
+    }
+
+    /// The same userfaultfd with ranges registered as another holder of it knows them.
+    ///
+    /// # Errors
+    /// If the descriptor can't be duplicated.
+    pub fn duplicate(&self, registered: Vec<Range<u64>>) -> io::Result<Self> {
+        let fd = self.fd.try_clone()?;
+        Ok(Self::from_parts(fd, self.features, registered, self.target_fd))
+    }
+
+    /// Whether writes are found by asking ([`UserFaultFeatures::TRACK_WRITES`]).
+    pub fn tracks_writes(&self) -> bool {
+        self.features.contains(UserFaultFeatures::TRACK_WRITES)
     }
 
     /// Ranges registered for missing pages, by address; each is what one call of

@@ -1,0 +1,168 @@
+//! Finding a source for each page of a plan.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use medes_core::{PageRef, SnapshotId};
+use medes_pages::{Fingerprint, Fingerprinter, PAGE_SIZE};
+use medes_registry::Scope;
+use medes_store::Snapshot;
+use parking_lot::Mutex;
+
+use super::batch::{BATCH, Batch, hash, page_buffer};
+use super::{Counts, DedupError, Hindrance, Operation, Subject};
+use crate::encode::{Bases, EncodeError, PageEncoder, PageSource};
+
+/// An image may take at most three quarters of the pages that it stands for.
+const WORTH: (u64, u64) = (3, 4);
+
+/// Where the pages of a plan come from, in the plan's order.
+#[derive(Default)]
+pub(super) struct Encoded {
+    pub(super) sources: Vec<PageSource>,
+    pub(super) patches: Vec<u8>,
+    /// For each batch, in order, a hash of its content, if it is one that is hashed.
+    pub(super) hashes: Vec<Option<u64>>,
+    /// Every snapshot that a source refers to; held so that none can go.
+    pub(super) held: HashMap<SnapshotId, Arc<Snapshot>>,
+}
+
+#[derive(Default)]
+struct Part {
+    sources: Vec<PageSource>,
+    patches: Vec<u8>,
+    hash: Option<u64>,
+}
+
+impl Operation<'_> {
+    /// Encodes all batches; `reused` bytes of the sandbox's pages are in none of them.
+    pub(super) fn encode(&self, batches: &[Batch], reused: u64) -> Result<Encoded, DedupError> {
+        if self.options.new_base {
+            self.encode_as_base(batches)
+        } else {
+            self.encode_against_bases(batches, reused)
+        }
+    }
+
+    /// Makes the sandbox's pages a base snapshot, to which all of them are then equal.
+    fn encode_as_base(&self, batches: &[Batch]) -> Result<Encoded, DedupError> {
+        let fingerprinter = Fingerprinter::new(self.options.fingerprints);
+        let mut builder = self.store.begin_snapshot(self.subject.domain, self.subject.function);
+        let id = builder.id();
+        let mut encoded = Encoded::default();
+        let mut fingerprints: Vec<(u32, Fingerprint)> = Vec::new();
+        let mut buffer = page_buffer();
+        for batch in batches {
+            self.check_cancelled()?;
+            let pages = batch.read(&mut buffer)?;
+            encoded.hashes.push(batch.hashed.then(|| hash(pages)));
+            for (address, page) in batch.addresses().zip(pages) {
+                if medes_pages::is_zero(page) {
+                    encoded.sources.push(PageSource::Zero);
+                    continue;
+                }
+                let index = builder.push(address, page).map_err(Hindrance::Store)?;
+                fingerprints.push((index, fingerprinter.fingerprint(page)));
+                encoded.sources.push(PageSource::Base(PageRef { snapshot: id, page: index }));
+            }
+        }
+        let snapshot = builder.finish().map_err(Hindrance::Store)?;
+        let Subject { domain, function, .. } = self.subject;
+        if let Err(error) = self.registry.insert(domain, function, id, &fingerprints) {
+            // Still a base for its own function, found by address, if not for others.
+            tracing::warn!(%error, snapshot = %id, "the registry took no fingerprints");
+        }
+        encoded.held.insert(id, snapshot);
+        Ok(encoded)
+    }
+
+    /// Encodes all batches against the bases there are, on as many threads as allowed.
+    fn encode_against_bases(&self, batches: &[Batch], reused: u64) -> Result<Encoded, DedupError> {
+        let Subject { domain, function, near, scope } = self.subject;
+        let mut own = match scope {
+            Scope::Any | Scope::SameFunction => self.store.snapshots_of(domain, function),
+            Scope::OtherFunctions => Vec::new(),
+        };
+        own.reverse();
+        let bases =
+            Bases { store: self.store, registry: self.registry, domain, near, scope, own: &own };
+        let next = AtomicUsize::new(0);
+        let all: u64 = reused + batches.iter().map(Batch::bytes).sum::<u64>();
+        let kept = AtomicU64::new(0);
+        let parts: Mutex<Vec<(usize, Part)>> = Mutex::new(Vec::with_capacity(batches.len()));
+        let held: Mutex<HashMap<SnapshotId, Arc<Snapshot>>> = Mutex::default();
+        let work = || -> Result<(), DedupError> {
+            let fingerprinter = Fingerprinter::new(self.options.fingerprints);
+            let mut encoder = PageEncoder::new(bases, fingerprinter).stop_on(self.cancel.flag());
+            let mut buffer = page_buffer();
+            let mut places = Vec::with_capacity(BATCH as usize);
+            loop {
+                let n = next.fetch_add(1, Ordering::Relaxed);
+                let Some(batch) = batches.get(n) else { break };
+                self.check_cancelled()?;
+                let pages = batch.read(&mut buffer)?;
+                places.clear();
+                places.extend(batch.addresses());
+                let hash = batch.hashed.then(|| hash(pages));
+                let mut part = Part { hash, ..Part::default() };
+                let encoded = encoder.encode(&places, pages, &mut part.sources, &mut part.patches);
+                encoded.map_err(|error| match error {
+                    EncodeError::Stopped => DedupError::Cancelled,
+                    error => Hindrance::Encode(error).into(),
+                })?;
+                let image = part.patches.len() as u64;
+                let image = kept.fetch_add(image, Ordering::Relaxed) + image;
+                if image > all / WORTH.1 * WORTH.0 {
+                    return Err(Hindrance::NothingToGain { bytes: all, image }.into());
+                }
+                parts.lock().push((n, part));
+            }
+            held.lock().extend(encoder.held().map(|s| (s.id(), Arc::clone(s))));
+            Ok(())
+        };
+        let workers = self.options.workers.clamp(1, batches.len().max(1));
+        // On threads of their own, of low priority: requests to other sandboxes come first.
+        std::thread::scope(|scope| {
+            let work = || {
+                medes_memory::priority::lower_this_thread();
+                work()
+            };
+            let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().try_for_each(|thread| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            })
+        })?;
+        let mut parts = parts.into_inner();
+        parts.sort_unstable_by_key(|(n, _)| *n);
+        let mut encoded = Encoded { held: held.into_inner(), ..Encoded::default() };
+        for (_, part) in parts {
+            encoded.sources.extend(part.sources);
+            encoded.patches.extend(part.patches);
+            encoded.hashes.push(part.hash);
+        }
+        Ok(encoded)
+    }
+
+    pub(super) fn count(&self, encoded: &Encoded) -> Counts {
+        let foreign = |at: &PageRef| {
+            let snapshot = encoded.held.get(&at.snapshot);
+            u64::from(snapshot.is_some_and(|s| s.function() != self.subject.function))
+        };
+        let buffers = self.options.workers.max(1) as u64 * u64::from(BATCH) * PAGE_SIZE as u64;
+        let sources = encoded.sources.len() * size_of::<PageSource>();
+        let mut counts = Counts {
+            patch_bytes: encoded.patches.len() as u64,
+            // Parts are joined into one piece, so patches and sources are there twice for a moment.
+            overhead_bytes: buffers + 2 * (encoded.patches.len() + sources) as u64,
+            ..Counts::default()
+        };
+        for source in &encoded.sources {
+            counts.add(source);
+            if let PageSource::Base(at) | PageSource::Patch { base: Some(at), .. } = source {
+                counts.foreign += foreign(at);
+            }
+        }
+        counts
+    }
+}

@@ -1,0 +1,138 @@
+//! The sandbox during an operation: what was done to it so far, and the way back.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use medes_memory::session::{Freezer, Session};
+use medes_memory::tracee::SeizeOptions;
+use medes_memory::userfault::UserFault;
+
+use super::{Cancel, DedupError, Hindrance, Holder};
+use crate::view::SpaceView;
+
+/// How far the sandbox is from running as if nothing had happened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Phase {
+    /// It runs.
+    Runs,
+    /// Frozen. Thawing would end some of its waits, such as `epoll_wait`, with EINTR: its threads
+    /// have to be stopped and left once before.
+    Frozen,
+    /// Frozen, and thawing is enough.
+    Restartable,
+}
+
+/// A sandbox that is being operated on.
+pub(super) struct Standing<'a, F: Freezer> {
+    pub(super) freezer: F,
+    pub(super) holder: &'a dyn Holder,
+    /// One for each process, in the plan's order.
+    pub(super) userfaults: Vec<UserFault>,
+    /// Whether the userfaultfds were made by this operation: nothing is missing yet then.
+    pub(super) fresh: bool,
+    pub(super) phase: Phase,
+    suspended: bool,
+}
+
+/// What came of work that a request may interrupt.
+pub(super) enum Watched<T> {
+    /// It is done.
+    Done(T),
+    /// Somebody cancelled, and the sandbox runs; what the work came to all the same.
+    Cancelled(T),
+}
+
+/// Tells that work is over when it is dropped, even by a panic.
+struct Done<'a>(&'a AtomicBool, &'a Cancel);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+        self.1.nudge();
+    }
+}
+
+impl<'a, F: Freezer> Standing<'a, F> {
+    pub(super) fn new(freezer: F, holder: &'a dyn Holder) -> Self {
+        let (userfaults, phase) = (Vec::new(), Phase::Runs);
+        Self { freezer, holder, userfaults, fresh: true, phase, suspended: false }
+    }
+
+    pub(super) fn freeze(&mut self) -> Result<(), DedupError> {
+        // Even if it fails some may be frozen.
+        self.phase = Phase::Frozen;
+        Ok(self.freezer.freeze().map_err(Hindrance::Freeze)?)
+    }
+
+    /// Has the holder stop serving the sandbox's memory, whose userfaultfds are `known`.
+    pub(super) fn suspend(&mut self, known: &[UserFault]) -> Result<Vec<SpaceView>, DedupError> {
+        self.fresh = false;
+        let views = self.holder.suspend().map_err(Hindrance::Holder)?;
+        self.suspended = true;
+        if views.len() != known.len() {
+            return Err(Hindrance::Changed.into());
+        }
+        for (userfault, view) in known.iter().zip(&views) {
+            let again = userfault.duplicate(view.registered()).map_err(Hindrance::Freeze)?;
+            self.userfaults.push(again);
+        }
+        Ok(views)
+    }
+
+    /// Runs `work` on another thread. If somebody cancels meanwhile, the sandbox runs again at
+    /// once, however long the work takes to notice.
+    pub(super) fn watch<T: Send>(
+        &mut self,
+        cancel: &Cancel,
+        work: impl FnOnce() -> T + Send,
+    ) -> Result<Watched<T>, DedupError> {
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let working = scope.spawn(|| {
+                let _done = Done(&done, cancel);
+                work()
+            });
+            let cancelled = cancel.wait_until(|| done.load(Ordering::Acquire));
+            let back = if cancelled {
+                let back = self.let_go();
+                self.holder.cancelled();
+                back
+            } else {
+                Ok(())
+            };
+            let result = working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            back.map(|()| match cancelled {
+                true => Watched::Cancelled(result),
+                false => Watched::Done(result),
+            })
+        })
+    }
+
+    /// Lets the sandbox run as if nothing had happened.
+    pub(super) fn let_go(&mut self) -> Result<(), DedupError> {
+        let lost = |what: &str, why: &dyn std::fmt::Display| {
+            DedupError::Lost(format!("{what} after a failure: {why}"))
+        };
+        if std::mem::take(&mut self.suspended) {
+            self.holder.resume().map_err(|why| lost("serving its memory", &why))?;
+        }
+        let phase = std::mem::replace(&mut self.phase, Phase::Runs);
+        if phase == Phase::Frozen {
+            match Session::open(&mut self.freezer, &SeizeOptions::default()) {
+                Ok(session) => {
+                    if let Err(error) = session.resume() {
+                        tracing::debug!(%error, "a wait may end early");
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "a wait may end early"),
+            }
+        }
+        if phase != Phase::Runs {
+            self.freezer.thaw().map_err(|why| lost("thawing", &why))?;
+        }
+        if self.fresh {
+            // Who has touched a page that never was there waits until they are gone.
+            self.userfaults.clear();
+        }
+        Ok(())
+    }
+}
