@@ -60,6 +60,7 @@ impl From<HandError> for ApiError {
         let (status, code) = match &error {
             HandError::NoSuchSandbox(_) => (StatusCode::NOT_FOUND, "NoSuchSandbox"),
             HandError::NoSuchFunction(_) => (StatusCode::NOT_FOUND, "NoSuchFunction"),
+            HandError::NotStarted { .. } => (StatusCode::CONFLICT, "NotStarted"),
             HandError::WrongState { .. } => (StatusCode::CONFLICT, "WrongState"),
             HandError::StaysWarm { .. } => (StatusCode::CONFLICT, "StaysWarm"),
             HandError::Cancelled(_) => (StatusCode::CONFLICT, "Cancelled"),

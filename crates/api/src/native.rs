@@ -45,6 +45,7 @@ pub(crate) fn routes<N: NodeApi>() -> Router<Controller<N>> {
         .route("/v1/functions", get(functions::<N>))
         .route("/v1/functions/{name}", put(deploy::<N>).get(function::<N>).delete(remove::<N>))
         .route("/v1/functions/{name}/invoke", post(invoke::<N>))
+        .route("/v1/functions/{name}/start", post(start::<N>))
         .route("/v1/functions/{name}/logs", get(logs::<N>))
         .route("/v1/functions/{name}/dedup", post(dedup_function::<N>))
         .route("/v1/functions/{name}/restore", post(restore_function::<N>))
@@ -61,7 +62,7 @@ pub(crate) fn no_such_route(method: &Method, path: &str) -> Response {
     let message = format!(
         "there is no {method} {path}; there are GET /v1/health, /v1/info, /v1/functions, \
          /v1/functions/NAME/logs and /v1/sandboxes, GET, PUT and DELETE /v1/functions/NAME, POST \
-         /v1/functions/NAME/invoke, dedup, restore and purge, POST /v1/sandboxes/ID/dedup and \
+         /v1/functions/NAME/invoke, start, dedup, restore and purge, POST /v1/sandboxes/ID/dedup and \
          restore, DELETE /v1/sandboxes/ID, POST /v1/shutdown, and AWS Lambda's operations below \
          /2015-03-31/functions"
     );
@@ -322,6 +323,14 @@ async fn purge<N: NodeApi>(
 ) -> Answer {
     controller.purge(sandbox_id(&id)?).await?;
     Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+async fn start<N: NodeApi>(
+    State(controller): State<Controller<N>>,
+    Path(name): Path<String>,
+) -> Answer {
+    let id = controller.start(&function_name(&name)?).await?;
+    Ok(Json(json!({ "sandbox": id.to_string() })).into_response())
 }
 
 async fn dedup_function<N: NodeApi>(

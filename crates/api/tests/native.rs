@@ -105,6 +105,9 @@ fn sandboxes_are_shown_and_moved_by_hand() {
     let s = &door.get("/v1/sandboxes").json()["sandboxes"][0];
     assert_eq!(s["stays_warm"], "it has io_uring");
     assert_eq!(door.get("/v1/info").json()["sandboxes"], json!({ "warm": 1 }));
+    assert_eq!(door.post("/v1/functions/f/start", "").json()["sandbox"], "0000000000000002");
+    assert_eq!(door.get("/v1/info").json()["sandboxes"], json!({ "warm": 2 }));
+    assert_eq!(door.post("/v1/functions/g/start", "").status, 404);
     assert_eq!(door.send("DELETE", &format!("/v1/sandboxes/{id}"), &[], b"").status, 204);
     assert_eq!(door.send("DELETE", &format!("/v1/sandboxes/{id}"), &[], b"").status, 404);
     door.close();

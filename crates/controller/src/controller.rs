@@ -196,7 +196,10 @@ impl<N: NodeApi> Inner<N> {
             Effect::Wake => self.wake.notify_one(),
             Effect::CancelDedup(sandbox) => self.node.cancel_dedup(sandbox),
             Effect::Start { deployed, ticket } => {
-                tokio::spawn(async move { inner.start(deployed, ticket).await });
+                tokio::spawn(async move {
+                    // The table has been told, and tells the request that waits.
+                    let _ = inner.start(deployed, ticket).await;
+                });
             }
             Effect::Dedup { sandbox, new_base, reply } => {
                 tokio::spawn(async move {
@@ -215,7 +218,12 @@ impl<N: NodeApi> Inner<N> {
         }
     }
 
-    async fn start(self: Arc<Self>, deployed: Arc<Deployed>, ticket: u64) {
+    /// Starts a sandbox and tells the table of it.
+    pub(crate) async fn start(
+        self: Arc<Self>,
+        deployed: Arc<Deployed>,
+        ticket: u64,
+    ) -> Result<SandboxId, StartFailure> {
         let began = Instant::now();
         let function = deployed.spec.id;
         let result = self
@@ -235,10 +243,12 @@ impl<N: NodeApi> Inner<N> {
             Ok((sandbox, memory)) => {
                 tracing::debug!(function = %deployed.spec.name, %sandbox, took_us, "started");
                 self.change(|t, now| t.started(now, function, ticket, sandbox, took_us, memory));
+                Ok(sandbox)
             }
             Err(failure) => {
                 tracing::warn!(function = %deployed.spec.name, error = %failure, "not started");
                 self.change(|t, now| t.start_failed(now, function, ticket, took_us, &failure));
+                Err(failure)
             }
         }
     }

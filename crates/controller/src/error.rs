@@ -63,6 +63,14 @@ pub enum HandError {
     /// There is no such function.
     #[error("no function named {0}; `medes functions` lists them")]
     NoSuchFunction(FunctionName),
+    /// No sandbox could be started.
+    #[error("no sandbox was started for {function}: {reason}")]
+    NotStarted {
+        /// The function.
+        function: FunctionName,
+        /// What stood in the way.
+        reason: String,
+    },
     /// The sandbox is in another state than the operation needs.
     #[error("sandbox {sandbox} is {state}; it has to be {wanted} for that")]
     WrongState {

@@ -46,6 +46,23 @@ impl<N: NodeApi> Controller<N> {
         }
     }
 
+    /// Starts one more sandbox of a function, ahead of any request; returns when it is warm. A
+    /// request that waits may take it at once.
+    ///
+    /// # Errors
+    /// If there is no such function, no room for another sandbox, or it does not start.
+    pub async fn start(&self, name: &FunctionName) -> Result<SandboxId, HandError> {
+        let inner = self.inner.clone();
+        let (deployed, ticket) = inner.with(|t, now| t.begin_start(now, name))?;
+        let failed = |reason: String| HandError::NotStarted { function: name.clone(), reason };
+        // A task of its own, for its end has to be noted whatever becomes of the caller.
+        match tokio::spawn(async move { inner.start(deployed, ticket).await }).await {
+            Ok(Ok(sandbox)) => Ok(sandbox),
+            Ok(Err(failure)) => Err(failed(failure.to_string())),
+            Err(e) => Err(failed(e.to_string())),
+        }
+    }
+
     /// Brings a dedup sandbox back to warm.
     ///
     /// # Errors

@@ -1,6 +1,8 @@
 //! Measurements through the front door of a private platform: real functions, real requests, every
 //! answer checked.
 
+pub mod density;
+mod host;
 pub mod lifecycle;
 
 use std::path::PathBuf;

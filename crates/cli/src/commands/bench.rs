@@ -11,6 +11,7 @@ use medes_bench::testbed::{KeeperProgram, Testbed};
 use medes_core::Layout;
 use serde::Serialize;
 
+use crate::bench::density::DensityCommand;
 use crate::bench::lifecycle::LifecycleCommand;
 use crate::examples::SourceArgs;
 use crate::failure::{Failure, Outcome};
@@ -29,6 +30,7 @@ enum What {
     Engine(EngineCommand),
     Savings(SavingsCommand),
     Lifecycle(LifecycleCommand),
+    Density(DensityCommand),
 }
 
 /// How fast the engine's parts are on one core, over the memory of real functions.
@@ -112,6 +114,7 @@ impl BenchCommand {
                 c.run.publish(&report, || savings_table(&report))?;
             }
             What::Lifecycle(c) => return c.run(),
+            What::Density(c) => return c.run(),
         }
         Ok(())
     }

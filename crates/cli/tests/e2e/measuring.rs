@@ -50,3 +50,17 @@ fn a_lifecycle_is_measured() {
     }
     assert!(of["dedup_bytes"].as_u64() < of["warm_bytes"].as_u64());
 }
+
+#[test]
+fn a_density_is_measured() {
+    let document = bench(&["density", "--function", "vanilla", "--sandboxes", "3"]);
+    let of = function(&document);
+    assert_eq!((&document["sandboxes"], &of["answers_checked"]), (&3.into(), &(1 + 3 * 3).into()));
+    assert!(document["bytes_total"].is_i64() && document["bytes_per_sandbox"].is_i64());
+    assert!(of["bytes_accounted"].as_u64().unwrap() > 0);
+    let split = &of["split"];
+    for part in ["kernel", "store"] {
+        assert!(split["sandboxes"][part].as_u64().unwrap() > 0, "{part}: {split}");
+    }
+    assert_eq!((&of["answer_ms"]["samples"], &of["request_ms"]["samples"]), (&3.into(), &3.into()));
+}

@@ -1,9 +1,13 @@
 //! Matching waiting requests with sandboxes, and making more of those.
 
-use medes_core::{FunctionId, SandboxId, StartKind};
+use std::sync::Arc;
+
+use medes_core::{FunctionId, FunctionName, SandboxId, StartKind};
 use medes_policy::{DEDUP_FREES_PERCENT, Need, choose};
 
 use super::{Effect, Grant, Phase, Starting, Table, UNKNOWN_WARM_BYTES, Waiter};
+use crate::error::HandError;
+use crate::store::Deployed;
 
 /// Whether another sandbox may be started.
 #[derive(PartialEq, Eq)]
@@ -122,6 +126,36 @@ impl Table {
         let Some(version) = self.versions.get_mut(&function) else { return };
         version.starting.push(Starting { ticket, since_ms: now_ms, expected_bytes });
         self.effects.push(Effect::Start { deployed: version.deployed.clone(), ticket });
+    }
+
+    /// Begins a start that no request waits for: what has to be started, and the ticket for
+    /// [`Table::started`] or [`Table::start_failed`].
+    pub(crate) fn begin_start(
+        &mut self,
+        now_ms: u64,
+        name: &FunctionName,
+    ) -> Result<(Arc<Deployed>, u64), HandError> {
+        let refused = |reason: &str| HandError::NotStarted {
+            function: name.clone(),
+            reason: reason.to_owned(),
+        };
+        if self.closing {
+            return Err(refused("the platform is shutting down"));
+        }
+        let function = self.current.get(name).copied();
+        let function = function.ok_or_else(|| HandError::NoSuchFunction(name.clone()))?;
+        match self.admit(now_ms, function) {
+            Admission::Granted => {}
+            Admission::FunctionLimit => {
+                return Err(refused("it has as many as its limit, max_sandboxes, allows"));
+            }
+            Admission::NodeLimit => return Err(refused("the node has no room for it now")),
+        }
+        let ticket = self.number();
+        let expected_bytes = self.expected_bytes(function);
+        let version = self.versions.get_mut(&function).ok_or_else(|| refused("it is gone"))?;
+        version.starting.push(Starting { ticket, since_ms: now_ms, expected_bytes });
+        Ok((version.deployed.clone(), ticket))
     }
 
     fn admit(&mut self, now_ms: u64, function: FunctionId) -> Admission {

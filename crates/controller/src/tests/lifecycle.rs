@@ -272,3 +272,28 @@ pub(super) async fn futures_join<F: Future>(futures: Vec<F>) -> Vec<F::Output> {
     .await;
     futures.into_iter().filter_map(|(_, result)| result).collect()
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_sandbox_started_by_hand_is_warm_for_the_next_request() {
+    let rig = Rig::new(|c| c.max_sandboxes = 2);
+    rig.deploy("f").await;
+    let name = "f".parse().unwrap();
+    let first = rig.controller.start(&name).await.unwrap();
+    assert_eq!(rig.states(), ["warm"]);
+    rig.controller.dedup(first, false).await.unwrap();
+    let second = rig.controller.start(&name).await.unwrap();
+    assert_eq!(rig.states(), ["dedup", "warm"]);
+    let r = rig.invoke("f", "1").await.unwrap();
+    assert_eq!((r.start, r.sandbox), (StartKind::Warm, Some(second)));
+    rig.node.behave(|b| b.start_fails = 100);
+    rig.controller.purge(first).await.unwrap();
+    for (name, reason) in [("f", "out of luck"), ("g", "no function named g")] {
+        let error = rig.controller.start(&name.parse().unwrap()).await.unwrap_err();
+        assert!(error.to_string().contains(reason), "{error}");
+    }
+    rig.node.behave(|b| b.start_fails = 0);
+    rig.controller.start(&name).await.unwrap();
+    let error = rig.controller.start(&name).await.unwrap_err();
+    assert!(error.to_string().contains("no room"), "{error}");
+    rig.end().await;
+}
