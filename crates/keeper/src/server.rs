@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use medes_agent::restore::{HeldImage, RestoreBuffers};
 use medes_core::SandboxId;
 use medes_memory::descriptor::take_descriptor;
+use medes_memory::guard::Guard;
 use medes_sandbox::CgroupRoot;
 use medes_store::{Extent, View};
 use tokio::net::{UnixListener, UnixStream};
@@ -33,6 +34,10 @@ pub struct KeeperConfig {
 /// # Errors
 /// When the socket or the cgroups can't be made.
 pub fn run(config: &KeeperConfig) -> io::Result<()> {
+    // When the host is out of memory, everything else is a better choice than the process that
+    // all sandboxes depend on. Best effort: it needs CAP_SYS_RESOURCE.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
+    guard()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("keeper")
@@ -42,9 +47,6 @@ pub fn run(config: &KeeperConfig) -> io::Result<()> {
 }
 
 async fn serve(config: &KeeperConfig) -> io::Result<()> {
-    // When the host is out of memory, everything else is a better choice than the process that
-    // all sandboxes depend on. Best effort: it needs CAP_SYS_RESOURCE.
-    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     let root = CgroupRoot::new(&config.cgroup).map_err(io::Error::other)?;
     let shared = Arc::new(Shared {
         spawner: Spawner::new(root)?,
@@ -80,6 +82,29 @@ async fn serve(config: &KeeperConfig) -> io::Result<()> {
     drop(listener);
     let _ = std::fs::remove_file(&config.socket);
     shared.kill_all().await;
+    Ok(())
+}
+
+/// Keeps the userfaultfds open until the kernel has killed the sandboxes, should this process be
+/// killed: a page that is missing then is never read as zeros.
+fn guard() -> io::Result<()> {
+    let mut guard = Guard::start()?;
+    std::thread::Builder::new().name("guard".into()).spawn(move || {
+        loop {
+            if let Err(error) = guard.wait() {
+                tracing::error!(%error, "waiting for the guard");
+                return;
+            }
+            tracing::warn!("the guard process was killed; starting another");
+            match Guard::start() {
+                Ok(another) => guard = another,
+                Err(error) => {
+                    tracing::error!(%error, "starting a guard process");
+                    return;
+                }
+            }
+        }
+    })?;
     Ok(())
 }
 

@@ -28,6 +28,7 @@ mod arch;
 pub mod descriptor;
 pub mod drop;
 pub mod features;
+pub mod guard;
 pub mod mappings;
 pub mod obstacle;
 pub mod pages;

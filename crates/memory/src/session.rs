@@ -182,6 +182,8 @@ impl<F: Freezer> Session<F> {
         pid: i32,
         options: &UserFaultOptions,
     ) -> Result<UserFault, CreateError> {
+        // From the first injected call on, all end with us or none does.
+        self.processes.iter().for_each(SeizedProcess::kill_with_tracer);
         let process = self.process(pid).ok_or(CreateError::Inject(InjectError::Gone(pid)))?;
         UserFault::create(process, options)
     }
@@ -288,7 +290,13 @@ impl<F: Freezer> Session<F> {
             }
             result = Err(SessionError::Freezer { operation: "freezing", source });
         }
-        for process in std::mem::take(&mut self.processes) {
+        // Children first: should we die in between, those that are killed take along, with their
+        // parent, those that were let go already; where the first one leads a pid namespace, that
+        // is the kernel's own rule.
+        let mut processes = std::mem::take(&mut self.processes);
+        let pids: Vec<i32> = processes.iter().map(SeizedProcess::pid).collect();
+        processes.sort_by_key(|process| !process.parent().is_some_and(|p| pids.contains(&p)));
+        for process in processes {
             match process.detach() {
                 Ok(()) | Err(InjectError::Gone(_)) => {}
                 Err(error) => result = result.and(Err(error.into())),

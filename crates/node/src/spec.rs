@@ -61,5 +61,7 @@ pub(crate) fn sandbox_spec(
             Layout::Random => AddressLayout::random(),
         },
         seccomp: Seccomp::default(),
+        // Its keeper: without one nobody would bring its memory back.
+        die_with_parent: true,
     }
 }

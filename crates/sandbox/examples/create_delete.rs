@@ -35,6 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         },
         layout: Layout::fixed(0),
         seccomp: Seccomp::default(),
+        die_with_parent: false,
     };
     let mut kernel = Vec::new();
     let mut times: [Vec<Duration>; 5] = Default::default();

@@ -193,6 +193,7 @@ unsafe fn carry_out(step: &Step, index: u32, vectors: &Vectors, channel: RawFd) 
         Step::NoCapabilities => drop_capabilities(),
         Step::NoNewPrivileges => prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0),
         Step::WorkingDirectory(path) => call!(libc::SYS_chdir, path.as_ptr()).map(drop),
+        Step::DieWithParent => prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL.into(), 0),
         Step::FixedLayout => {
             call!(libc::SYS_personality, libc::ADDR_NO_RANDOMIZE as c_long).map(drop)
         }

@@ -47,6 +47,10 @@ pub struct SandboxSpec {
     /// Which system calls are allowed.
     #[serde(default)]
     pub seccomp: Seccomp,
+    /// Whether the kernel kills the sandbox, frozen or not, when the *thread* that made it ends
+    /// (`PR_SET_PDEATHSIG`).
+    #[serde(default)]
+    pub die_with_parent: bool,
 }
 
 /// A host directory or file shown inside the sandbox.
@@ -382,6 +386,7 @@ mod tests {
             },
             layout: Layout::fixed(1),
             seccomp: Seccomp::default(),
+            die_with_parent: false,
         }
     }
 

@@ -56,8 +56,12 @@ fn after_a_crash_of_daemon_and_keeper_no_frozen_sandbox_stays() {
     let mut platform = platform();
     let before = platform.sandbox_processes();
     let keeper = platform.keeper();
+    // Runs, with its memory on the way back.
+    platform.client().post("/v1/functions/dedup/restore", b"").expect_ok();
     platform.crash();
     kill_now(keeper);
+    // Nobody is there any more to kill them.
+    platform.wait_for_no_sandbox_process();
     platform.restart();
     starts_afresh(&platform, &before);
     platform.stop();

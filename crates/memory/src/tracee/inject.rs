@@ -268,6 +268,7 @@ impl SeizedProcess {
         }
         let syscall_ip = find_syscall_instruction(pid, &memory)?;
         let signal_mask = stop::signal_mask(tid).map_err(os("reading the signal mask"))?;
+        self.kill_with_tracer();
         self.set_injection_options(tid)?;
         stop::set_signal_mask(tid, u64::MAX).map_err(os("setting the signal mask"))?;
         self.injection = Some(Injection {

@@ -49,7 +49,8 @@
 //! Before the first injected call nothing is changed, and the death of the tracer lets the
 //! process go on as if nothing had happened. From the first injected call until the detach the
 //! process is killed with its tracer (`PTRACE_O_EXITKILL`): it might have wrong registers, or
-//! lack pages that nobody but the tracer knows of.
+//! lack pages that nobody but the tracer knows of. A [`Session`](crate::session::Session) extends
+//! that to all its processes, so that none outlives another.
 
 mod inject;
 pub(crate) mod rseq;
@@ -185,7 +186,7 @@ impl ThreadGroup {
             threads: Vec::new(),
             injection: None,
             stopped_by_signal: false,
-            parent_is_tracer: parent == Some(std::process::id() as i32),
+            parent,
             detached: false,
             options: options.clone(),
             not_send: PhantomData,
@@ -219,7 +220,7 @@ pub struct SeizedProcess {
     injection: Option<inject::Injection>,
     /// A SIGSTOP came while a thread ran injected calls and is owed to the process.
     stopped_by_signal: bool,
-    parent_is_tracer: bool,
+    parent: Option<i32>,
     detached: bool,
     options: SeizeOptions,
     /// ptrace calls must come from the OS thread that seized.
@@ -261,6 +262,25 @@ impl SeizedProcess {
             areas.extend(rseq::area(&memory, thread.tid)?);
         }
         Ok(areas)
+    }
+
+    /// The process that made it, or inherited it; `None` if that could not be read.
+    pub fn parent(&self) -> Option<i32> {
+        self.parent
+    }
+
+    /// Has the process killed when the calling thread dies, until it is let go. Every thread is
+    /// marked: the kernel goes through them one by one, and one that it lets go before it kills
+    /// another could run in between.
+    pub fn kill_with_tracer(&self) {
+        if self.injection.is_some() {
+            // It is marked, and its injecting thread has more options than this one.
+            return;
+        }
+        for thread in &self.threads {
+            // Fails for a thread that is dead.
+            let _ = stop::set_options(thread.tid, libc::PTRACE_O_EXITKILL);
+        }
     }
 
     /// Ends injected work and lets go of every thread.
@@ -389,7 +409,7 @@ impl SeizedProcess {
     /// seen as dead by its parent. The main thread's status is its parent's: left alone if the
     /// parent is this process, passed on by the kernel otherwise.
     fn reap(&self, tid: i32) {
-        if tid == self.pid && self.parent_is_tracer {
+        if tid == self.pid && self.parent == Some(std::process::id() as i32) {
             return;
         }
         stop::reap(tid);

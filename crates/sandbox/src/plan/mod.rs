@@ -290,6 +290,11 @@ impl Builder {
         self.steps.push(Step::NoCapabilities);
         self.steps.push(Step::NoNewPrivileges);
         self.steps.push(Step::WorkingDirectory(c_string(spec.process.cwd.as_os_str())?));
+        if spec.die_with_parent {
+            // After the last change of user, which cancels it; before the last word from the
+            // parent, without which the child gives up: so a parent that dies early is noticed.
+            self.steps.push(Step::DieWithParent);
+        }
         if !spec.layout.randomize {
             self.steps.push(Step::FixedLayout);
         }

@@ -88,6 +88,8 @@ pub(crate) enum Step {
     NoCapabilities,
     NoNewPrivileges,
     WorkingDirectory(CString),
+    /// The kernel kills the process when the thread that made it dies.
+    DieWithParent,
     FixedLayout,
     FilterSystemCalls(&'static [libc::sock_filter]),
     /// Waits for the parent's word to run the program.
@@ -146,6 +148,7 @@ impl fmt::Display for Step {
             Self::NoCapabilities => f.write_str("dropping capabilities"),
             Self::NoNewPrivileges => f.write_str("giving up new privileges"),
             Self::WorkingDirectory(path) => write!(f, "changing to the directory {}", words(path)),
+            Self::DieWithParent => f.write_str("asking to be killed with the parent"),
             Self::FixedLayout => f.write_str("turning address randomisation off"),
             Self::FilterSystemCalls(_) => f.write_str("filtering system calls"),
             Self::AwaitStart => f.write_str("waiting for the start"),

@@ -20,6 +20,7 @@ fn spec() -> SandboxSpec {
         resources: Resources { memory_limit_bytes: 1 << 26, pids_max: 10, cpu_millicores: None },
         layout: Layout::fixed(1),
         seccomp: Seccomp::default(),
+        die_with_parent: false,
     }
 }
 

@@ -55,6 +55,7 @@ impl Instance {
             },
             layout: Layout::fixed(7),
             seccomp: Seccomp::default(),
+            die_with_parent: false,
         }
     }
 

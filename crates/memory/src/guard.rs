@@ -1,0 +1,92 @@
+//! A second holder of this process's descriptors, for the moment in which this process dies.
+//!
+//! A userfaultfd whose last descriptor is closed lets threads that wait for a missing page read
+//! zeros instead. The kernel closes the descriptors of a dying process first, and only then sends
+//! its children the signal that they asked for ([`PR_SET_PDEATHSIG`]). In between, children that it
+//! serves would run with wrong memory. A [`Guard`] is a tiny process that shares the table of
+//! descriptors, whatever is opened later included, and lives until this one is wholly dead: by then
+//! the signals have been sent.
+//!
+//! [`PR_SET_PDEATHSIG`]: https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use crate::sys;
+
+/// A process that holds every descriptor of this one until this one is dead. Dropping it ends it.
+#[derive(Debug)]
+pub struct Guard {
+    pidfd: OwnedFd,
+    /// This process: what the guard waits for. Open as long as the guard needs it.
+    _own: OwnedFd,
+}
+
+impl Guard {
+    /// Starts a guard. Best called early, while this process is small: the guard has a copy of its
+    /// memory, of which it touches one page.
+    ///
+    /// # Errors
+    /// When there is no room for another process, or the kernel is older than 5.3.
+    pub fn start() -> io::Result<Self> {
+        let own = sys::pidfd_open(std::process::id() as i32)?;
+        let mut pidfd: i32 = -1;
+        let mut poll = libc::pollfd { fd: own.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: a sigset_t is plain data, for which zeros are valid.
+        let mut all: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: as above.
+        let mut before: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: both sets are live. The guard inherits the mask: what is sent to the process
+        // group is not for it, and it must run no handler of this program.
+        unsafe {
+            libc::sigfillset(&mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        }
+        let flags = libc::CLONE_FILES | libc::CLONE_PIDFD | libc::SIGCHLD;
+        // SAFETY: without CLONE_VM this is a fork. The child, which may be a copy of a program with
+        // many threads, allocates nothing, takes no lock and makes raw system calls only, on memory
+        // of its own stack, until it exits. CLONE_PIDFD has the kernel write one descriptor.
+        let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
+        if pid == 0 {
+            loop {
+                // SAFETY: `poll` is one live pollfd, and there is no timeout.
+                let ready = unsafe { libc::syscall(libc::SYS_poll, &raw mut poll, 1, -1) };
+                if ready == 1 {
+                    // SAFETY: ends the process.
+                    unsafe { libc::syscall(libc::SYS_exit_group, 0) };
+                }
+            }
+        }
+        let result = sys::check(pid);
+        // SAFETY: `before` is the mask that this thread had.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) };
+        result?;
+        // SAFETY: the kernel has just made this descriptor, which nobody else owns.
+        Ok(Self { pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, _own: own })
+    }
+
+    /// Waits for the guard's end, which comes before this process's own only if somebody kills it.
+    ///
+    /// # Errors
+    /// What the kernel says to waitid(2).
+    pub fn wait(&self) -> io::Result<()> {
+        loop {
+            // SAFETY: siginfo_t is plain data, for which zeros are valid.
+            let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+            let fd = self.pidfd.as_raw_fd() as libc::id_t;
+            // SAFETY: waitid writes one siginfo_t.
+            let result = unsafe { libc::waitid(libc::P_PIDFD, fd, &mut info, libc::WEXITED) };
+            match sys::check(result.into()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => return other.map(drop),
+            }
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let _ = sys::pidfd_send_signal(&self.pidfd, libc::SIGKILL);
+        let _ = self.wait();
+    }
+}
