@@ -172,6 +172,14 @@ impl ImageIndex {
         Ok(())
     }
 
+    /// The first address, `from` or higher, at which the image has a page of a process.
+    #[must_use]
+    pub fn next_page(&self, process: usize, from: u64) -> Option<u64> {
+        let runs = &self.table.processes.get(process)?.runs;
+        let first = runs.partition_point(|run| run.end() <= from);
+        Some(runs.get(first)?.address.max(from))
+    }
+
     /// The stretches of at least `least` bytes, within the heap of a process, in which the image
     /// has no page of it.
     #[must_use]

@@ -136,7 +136,7 @@ impl Plan {
 impl ProcessPlan {
     fn of(pid: i32, peers: &[i32], space: Option<&SpaceView>) -> Result<Self, PlanError> {
         let look = |source| PlanError::Look { pid, source };
-        let all = Mappings::read(pid).map_err(look)?;
+        let all = Mappings::read_with_flags(pid).map_err(look)?;
         let options = ObstacleOptions { peers, kept_userfault: None };
         if let Some(first) = find_obstacles(pid, &all, &options).map_err(look)?.into_iter().next() {
             return Err(first.into());
@@ -224,8 +224,10 @@ fn kind_of(pid: i32, mapping: &Mapping, runs: &[PageRun]) -> MappingKind {
     let private: u64 = runs.iter().map(|run| u64::from(run.pages)).sum();
     let worth = mapping.pages() <= REPLACE_SMALL || private * REPLACE_SHARE >= mapping.pages();
     // Code that was written to stays: anonymous memory that can be executed is refused in places.
-    // What has special flags would lose them. Pages beyond the file's end can't be read.
-    let plain = !mapping.executable && !mapping.flags_known;
+    // What is marked would lose its marks. Pages beyond the file's end can't be read.
+    let flags = &mapping.flags;
+    let marked = flags.locked || flags.dont_copy || flags.dont_dump || flags.sealed;
+    let plain = !mapping.executable && !marked;
     if worth && plain && mapping.pages() < u64::from(u32::MAX) && is_backed(pid, mapping) {
         MappingKind::Replaced(
             if mapping.readable { PROT_READ } else { 0 }

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use medes_memory::pages::{PageClass, PageRun};
 use medes_memory::userfault::{
-    CopyMode, Event, FaultKind, FillError, UserFault, UserFaultFeatures,
+    CopyMode, Event, FaultKind, FillError, Filled, UserFault, UserFaultFeatures,
 };
 use medes_memory::writer::write_pages;
 use medes_pages::{Decoder, PAGE_SIZE, Page};
@@ -147,8 +147,10 @@ pub struct AddressSpace {
 struct State {
     userfault: UserFault,
     view: AddressView,
-    /// Filling has put back everything below this address.
+    /// Filling has put back everything below this address, but for what moved there since.
     filled_to: u64,
+    /// Ranges that moved, to be filled in when the rest is.
+    moved: Vec<Range<u64>>,
     filling: Filling,
     /// Somebody else has the userfaultfd: nothing is served or filled in.
     suspended: bool,
@@ -195,7 +197,8 @@ impl AddressSpace {
         view: AddressView,
     ) -> Self {
         let filling = Filling::Going;
-        let state = State { userfault, view, filled_to: 0, filling, suspended: false };
+        let moved = Vec::new();
+        let state = State { userfault, view, filled_to: 0, moved, filling, suspended: false };
         Self { index: Arc::clone(index), process, child, state: state.into() }
     }
 
@@ -266,8 +269,8 @@ impl AddressSpace {
                     }
                     Event::Remap { from, to, len } => {
                         state.view.remap(from, to, len);
-                        // What moved may lie where filling has been already.
-                        state.filled_to = 0;
+                        // It may lie where filling has been already.
+                        state.moved.push(to..to.saturating_add(len));
                     }
                     Event::Remove(range) => self.remove(state, range),
                     Event::Unmap(range) => state.view.unmap(range),
@@ -384,7 +387,7 @@ impl AddressSpace {
             |address, file, content| {
                 if !file {
                     pages += (content.len() / PAGE_SIZE) as u64;
-                    userfault.copy(address.wrapping_add(shift), content, mode)?;
+                    copy_where_mapped(userfault, address.wrapping_add(shift), content, mode)?;
                 }
                 Ok(())
             },
@@ -411,8 +414,12 @@ impl AddressSpace {
         }
         let from = state.filled_to;
         let mut ranges = state.view.ranges().filter(|(r, _)| r.end > from);
-        let Some((range, _)) = ranges.next() else {
+        let Some((range, origin)) = ranges.next() else {
             drop(ranges);
+            if let Some(moved) = state.moved.pop() {
+                self.fill_moved(&mut state, moved, pages, buffers)?;
+                return Ok(Filling::Going);
+            }
             state.filling = Filling::Done;
             if !(keep && !self.child && state.userfault.tracks_writes()) {
                 self.release(&mut state)?;
@@ -421,6 +428,10 @@ impl AddressSpace {
         };
         drop(ranges);
         let start = range.start.max(from);
+        // Mappings may reserve gigabytes and hold little.
+        let shift = range.start.wrapping_sub(origin);
+        let next = self.index.next_page(self.process, start.wrapping_sub(shift));
+        let start = next.map_or(range.end, |next| next.wrapping_add(shift).min(range.end));
         let end = range.end.min(start + pages * PAGE);
         match self.put_back_locked(&mut state, start..end, Watch::Yes, buffers) {
             Ok(_) => state.filled_to = end,
@@ -431,25 +442,54 @@ impl AddressSpace {
         Ok(Filling::Going)
     }
 
-    fn release(&self, state: &mut State) -> Result<(), RestoreError> {
-        // A child's process is not known; its mappings are where its parent's were.
-        let released = match self.child {
-            true => state.userfault.unregister_all(),
-            false => {
-                let pid = self.index.table().processes[self.process].pid;
-                state.userfault.unregister_process(pid)
+    /// Puts back up to `pages` pages of a range that moved, and notes what is left of it.
+    fn fill_moved(
+        &self,
+        state: &mut State,
+        moved: Range<u64>,
+        pages: u64,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<(), RestoreError> {
+        let end = moved.end.min(moved.start + pages * PAGE);
+        for part in state.view.parts(moved.start..end) {
+            match self.put_back_locked(state, part, Watch::Yes, buffers) {
+                Ok(_) => {}
+                Err(RestoreError::Fill(FillError::Changing { .. })) => {
+                    state.moved.push(moved);
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
             }
-        };
-        match released {
+        }
+        if end < moved.end {
+            state.moved.push(end..moved.end);
+        }
+        Ok(())
+    }
+
+    fn release(&self, state: &mut State) -> Result<(), RestoreError> {
+        if self.child {
+            // Its end comes when its descriptor is closed, and there is but this one.
+            state.filling = Filling::Released;
+            return Ok(());
+        }
+        let pid = self.index.table().processes[self.process].pid;
+        match state.userfault.unregister_process(pid) {
             Ok(()) => {}
             // The kernel's two ways of saying that the address space is gone.
             Err(error) if matches!(error.raw_os_error(), Some(ESRCH | ENOMEM)) => {
-                self.check_gone(state, error)?;
+                if !is_gone(state) {
+                    return Err(RestoreError::Release(error));
+                }
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(RestoreError::Release(error)),
         }
-        state.filling = Filling::Released;
+        // Whoever was changing its mappings just then waits to be heard, for as long as somebody
+        // else has the descriptor too.
+        if !matches!(probe(state), Err(FillError::Changing { .. })) {
+            state.filling = Filling::Released;
+        }
         Ok(())
     }
 
@@ -481,17 +521,11 @@ impl AddressSpace {
         !self.child && state.filling != Filling::Released && state.userfault.tracks_writes()
     }
 
-    /// Whether the process has ended, as far as can be told by asking: for one whose userfaultfd
-    /// tells of writes.
+    /// Whether the process has ended, or runs another program: nothing is left to serve then, and
+    /// no event tells of it.
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        let state = self.lock();
-        // Lifting the protection of a page is harmless: it counts as written to then.
-        state.userfault.registered().first().is_some_and(|range| {
-            let page = range.start..range.start + PAGE;
-            let lifted = state.userfault.write_protect(page, false);
-            lifted.is_err_and(|error| error.raw_os_error() == Some(ESRCH))
-        })
+        is_gone(&self.lock())
     }
 
     /// The process drops the pages of a range itself. In the heap, which the C library trims and
@@ -511,15 +545,6 @@ impl AddressSpace {
         }
     }
 
-    /// `error` came from releasing a userfaultfd: no matter if its process has ended.
-    fn check_gone(&self, state: &State, error: std::io::Error) -> Result<(), RestoreError> {
-        let page = state.userfault.registered().first().map_or(0, |range| range.start);
-        match state.userfault.zeropage(page..page + PAGE, true) {
-            Err(FillError::Gone) => Ok(()),
-            _ => Err(RestoreError::Release(error)),
-        }
-    }
-
     fn child(&self, state: &State, userfault: OwnedFd) -> Self {
         let registered = state.userfault.registered().to_vec();
         let features = state.userfault.features();
@@ -535,6 +560,38 @@ impl AddressSpace {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Asks for a page where nothing can be registered, right below everything that is. The answer
+/// tells whether the process lives, and whether it is changing its mappings.
+fn probe(state: &State) -> Result<Filled, FillError> {
+    let lowest = state.view.ranges().next().map_or(LOW, |(range, _)| range.start - PAGE);
+    state.userfault.zeropage(lowest..lowest + PAGE, true)
+}
+
+fn is_gone(state: &State) -> bool {
+    matches!(probe(state), Err(FillError::Gone))
+}
+
+/// Lower than programs map anything, and not so low that the kernel forbids it.
+const LOW: u64 = 64 << 10;
+
+/// Copies pages to where they belong, those that have a place: a child lacks the mappings that its
+/// parent kept from it (`MADV_DONTFORK`).
+fn copy_where_mapped(
+    userfault: &UserFault,
+    start: u64,
+    content: &[u8],
+    mode: CopyMode,
+) -> Result<(), FillError> {
+    match userfault.copy(start, content, mode) {
+        Err(FillError::NotRegistered { .. }) if content.len() > PAGE_SIZE => {
+            let mut pages = content.chunks(PAGE_SIZE).zip((start..).step_by(PAGE_SIZE));
+            pages.try_for_each(|(page, at)| copy_where_mapped(userfault, at, page, mode))
+        }
+        Ok(_) | Err(FillError::NotRegistered { .. }) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

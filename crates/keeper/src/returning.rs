@@ -306,6 +306,10 @@ impl Shared {
         key: u64,
     ) {
         memory.record(space.process(), &served);
+        if !served.children.is_empty() {
+            // A sandbox may fork for each request.
+            self.forget_ended_children(memory);
+        }
         for child in served.children.drain(..) {
             if let Err(error) = self.watch(memory, child) {
                 (memory.kill)(&format!("a forked process can't be served: {error}"));

@@ -1,11 +1,8 @@
 //! What is mapped where in a process.
 //!
-//! `/proc/PID/maps` says enough to plan by and costs 0.3 ms for 245 mappings; `smaps`, which
-//! adds the kernel's flags, walks every page table and costs five times that (1.5 ms for the
-//! same process with 34 MB), so it is read only when something in the process asks for it:
-//! locked memory or a device mapping. Flags that matter and that `maps` does not hint at
-//! (another userfaultfd, droppable memory) make `UFFDIO_REGISTER` refuse the mapping, which
-//! happens before anything is dropped.
+//! `/proc/PID/maps` costs 0.3 ms for 245 mappings; `smaps`, which adds the kernel's flags, walks
+//! every page table and costs five times that (1.5 ms for the same process with 34 MB). Whoever
+//! drops memory needs the flags: nothing else tells of memory that is wiped in forked children.
 
 use std::fs;
 use std::io;
@@ -176,6 +173,8 @@ impl Mapping {
             (is_device_name(&self.name), "device memory"),
             (flags.shadow_stack, "shadow stack"),
             (flags.droppable, "memory that the kernel may drop by itself"),
+            // The kernel does not tell which of a child's missing pages were wiped.
+            (flags.wipe_on_fork, "wiped in forked children"),
             (flags.sealed && !self.writable, "sealed against discarding"),
         ]
         .into_iter()
@@ -201,8 +200,8 @@ fn is_hugetlb_name(name: &str) -> bool {
 pub struct Mappings;
 
 impl Mappings {
-    /// The mappings of `pid` by ascending address, with kernel flags where they are needed to
-    /// tell what can be dropped (see the module's description).
+    /// The mappings of `pid` by ascending address, with kernel flags if some of its memory is
+    /// locked or belongs to a device.
     ///
     /// # Errors
     /// `NotFound` or ESRCH if there is no such process, `PermissionDenied` if it may not be

@@ -20,6 +20,7 @@ use medes_pages::FingerprintConfig;
 use medes_registry::{Near, Registry, Scope};
 use medes_sandbox::{Cgroup, CgroupRoot, Resources};
 use medes_store::{ImageHandle, Store, View};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 pub const FUNCTION: FunctionId = FunctionId(5);
 
@@ -35,6 +36,14 @@ pub struct Target {
 
 impl Target {
     pub fn start(seed: u32) -> Self {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/operations/subject.py");
+        let mut command = Command::new("python3");
+        command.args([script, &seed.to_string()]).env("PYTHONHASHSEED", "1");
+        Self::run(&command)
+    }
+
+    /// Runs a program in a cgroup of its own until it prints "ready".
+    pub fn run(program: &Command) -> Self {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let number = COUNTER.fetch_add(1, Ordering::Relaxed);
         let root = CgroupRoot::new(&format!("medes-agenttest-{}-{number}", std::process::id()));
@@ -42,22 +51,38 @@ impl Target {
         let resources =
             Resources { memory_limit_bytes: 1 << 30, pids_max: 64, cpu_millicores: None };
         let cgroup = root.create("subject", &resources).expect("a cgroup");
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/operations/subject.py");
-        let mut child = Command::new("python3")
-            .args([script, &seed.to_string()])
-            .env("PYTHONHASHSEED", "1")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("python3");
-        let procs = cgroup.path().join("cgroup.procs");
-        std::fs::write(procs, child.id().to_string()).expect("moves");
+        // In the cgroup before it can have children.
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", r#"echo $$ >"$0" && exec "$@""#])
+            .arg(cgroup.path().join("cgroup.procs"));
+        command.arg(program.get_program()).args(program.get_args());
+        command.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("starts");
         let input = child.stdin.take().expect("piped");
-        let mut output = BufReader::new(child.stdout.take().expect("piped"));
+        let output = BufReader::new(child.stdout.take().expect("piped"));
+        let mut target = Self { child, input, output, root, cgroup, requests: 0 };
+        assert_eq!(target.line(), "ready");
+        target
+    }
+
+    /// Sends a line.
+    pub fn tell(&mut self, line: &str) {
+        // A subject that has ended is found out about by its answer.
+        let _ = writeln!(self.input, "{line}");
+    }
+
+    /// The next line from the subject; waits a minute for it.
+    pub fn line(&mut self) -> String {
         let mut line = String::new();
-        output.read_line(&mut line).expect("reads");
-        assert_eq!(line, "ready\n");
-        Self { child, input, output, root, cgroup, requests: 0 }
+        let limit = PollTimeout::from(60_000u16);
+        let mut ready = [PollFd::new(self.output.get_ref().as_fd(), PollFlags::POLLIN)];
+        if self.output.buffer().is_empty() && poll(&mut ready, limit) == Ok(0) {
+            panic!("no answer after a minute; process {} is left as it is", self.pid());
+        }
+        self.output.read_line(&mut line).expect("reads");
+        line.trim_end().to_owned()
     }
 
     /// Asks the subject whether its memory is as it has to be, and its thread alive.
@@ -67,14 +92,12 @@ impl Target {
     }
 
     pub fn send(&mut self) {
-        self.input.write_all(b"?\n").expect("takes a request");
+        self.tell("?");
         self.requests += 1;
     }
 
     pub fn answer(&mut self) {
-        let mut line = String::new();
-        self.output.read_line(&mut line).expect("answers");
-        assert_eq!(line, format!("{} right alive\n", self.requests));
+        assert_eq!(self.line(), format!("{} right alive", self.requests));
     }
 
     pub fn kill(&mut self) {

@@ -1,6 +1,7 @@
 //! Dedup and restore on live processes, with every fault that can be put in between.
 
 mod harness;
+mod torture;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};

@@ -277,19 +277,27 @@ impl UserFault {
     /// # Errors
     /// If the mappings cannot be read, or the first error of unregistering; all are tried.
     pub fn unregister_process(&mut self, pid: i32) -> io::Result<()> {
-        let mut result = Ok(());
-        for mapping in Mappings::read(pid)?.iter().filter(|mapping| mapping.is_anonymous()) {
-            // EINVAL: changed since it was read, or never could be registered.
-            if let Err(error) = self.unregister(mapping.range())
-                && error.raw_os_error() != Some(libc::EINVAL)
-            {
-                result = result.and(Err(error));
+        // Again as long as some are found: mappings move while they are listed.
+        const PASSES: usize = 8;
+        for _ in 0..PASSES {
+            let mappings = Mappings::read_with_flags(pid)?;
+            let mut registered = mappings.iter().filter(|m| m.flags.userfault_missing).peekable();
+            if registered.peek().is_none() {
+                break;
             }
+            let mut result = Ok(());
+            for mapping in registered {
+                // EINVAL: changed since it was read.
+                if let Err(error) = self.unregister(mapping.range())
+                    && error.raw_os_error() != Some(libc::EINVAL)
+                {
+                    result = result.and(Err(error));
+                }
+            }
+            result?;
         }
-        if result.is_ok() {
-            self.registered.clear();
-        }
-        result
+        self.registered.clear();
+        Ok(())
     }
 
     /// Wakes the threads that wait for pages of a range.
