@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use medes_core::Tenant;
+use medes_policy::{PolicyName, PolicySettings};
 use serde::{Deserialize, Serialize};
 
 use crate::units::{MemoryAmount, Period, Size};
@@ -21,6 +22,8 @@ pub struct Config {
     pub api: Api,
     /// This machine as a node.
     pub node: Node,
+    /// Who decides over idle sandboxes.
+    pub policy: Policy,
     /// When sandboxes change state.
     pub lifecycle: Lifecycle,
     /// The dedup engine.
@@ -94,23 +97,31 @@ impl Default for Node {
     }
 }
 
-/// Which decisions are made for idle sandboxes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Policy {
-    /// Dedup after the idle period.
-    #[default]
-    Medes,
-    /// Keep warm for the keep-alive period, then purge; never dedup.
-    FixedKeepAlive,
+/// Who decides over idle sandboxes.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Policy {
+    /// The policy's name.
+    pub name: PolicyName,
+    /// The latency target, as a multiple of a warm startup.
+    pub alpha: f64,
+    /// The memory budget of all sandboxes; 0 for what the node has.
+    pub budget: Size,
+    /// The share of the memory that dedup keeps free ahead of time, percent.
+    pub headroom: u8,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        let PolicySettings { name, alpha, headroom_percent, .. } = PolicySettings::default();
+        Self { name, alpha, budget: Size::default(), headroom: headroom_percent }
+    }
 }
 
 /// When sandboxes change state.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Lifecycle {
-    /// Which decisions are made for idle sandboxes.
-    pub policy: Policy,
     /// How long a sandbox is idle before it is deduplicated.
     pub idle: Period,
     /// How long an idle sandbox stays warm before it is purged.
@@ -126,7 +137,6 @@ pub struct Lifecycle {
 impl Default for Lifecycle {
     fn default() -> Self {
         Self {
-            policy: Policy::default(),
             idle: Period::secs(60),
             keep_alive: Period::secs(600),
             keep_dedup: Period::secs(900),
@@ -274,12 +284,21 @@ const COMMENTS: &[(&str, &[(&str, &str)])] = &[
         ],
     ),
     (
-        "lifecycle",
+        "policy",
         &[
             (
-                "policy",
-                "\"medes\": dedup after the idle period; \"fixed-keep-alive\": never dedup.",
+                "name",
+                "\"periods\": dedup after the idle period; \"latency\", \"memory\": to a target; \
+                 \"fixed\", \"adaptive\", \"greedy-dual\": never dedup.",
             ),
+            ("alpha", "The latency target: the multiple of a warm startup that a startup may be."),
+            ("budget", "The memory budget of all sandboxes; 0 for what the node has."),
+            ("headroom", "The share of the memory that dedup keeps free ahead of time, percent."),
+        ],
+    ),
+    (
+        "lifecycle",
+        &[
             ("idle", "How long a sandbox is idle before it is deduplicated."),
             ("keep_alive", "How long an idle sandbox stays warm before it is purged."),
             ("keep_dedup", "How long a sandbox stays in the dedup state before it is purged."),
@@ -427,7 +446,31 @@ impl Config {
         )?;
         is(self.dedup.workers > 0, "dedup.workers", "must be 1 or more")?;
         is(self.dedup.base_threshold > 0, "dedup.base_threshold", "must be 1 or more")?;
-        is(self.lifecycle.max_dedups > 0, "lifecycle.max_dedups", "must be 1 or more")
+        is(self.lifecycle.max_dedups > 0, "lifecycle.max_dedups", "must be 1 or more")?;
+        self.policy_settings().check().map_err(|bad| {
+            let key = match bad.setting {
+                "alpha" => "policy.alpha",
+                "headroom_percent" => "policy.headroom",
+                "keep_alive_ms" => "lifecycle.keep_alive",
+                "keep_dedup_ms" => "lifecycle.keep_dedup",
+                _ => "lifecycle.idle",
+            };
+            let (path, message) = (origin.to_owned(), bad.message.to_owned());
+            ConfigError::Value { path, key, message }
+        })
+    }
+
+    /// The policy with its periods.
+    pub fn policy_settings(&self) -> PolicySettings {
+        PolicySettings {
+            name: self.policy.name,
+            alpha: self.policy.alpha,
+            budget: self.policy.budget.0,
+            idle_ms: self.lifecycle.idle.millis(),
+            keep_alive_ms: self.lifecycle.keep_alive.millis(),
+            keep_dedup_ms: self.lifecycle.keep_dedup.millis(),
+            headroom_percent: self.policy.headroom,
+        }
     }
 
     /// The configuration as TOML with a comment above each key.
@@ -479,7 +522,9 @@ mod tests {
         let mut config = Config::default();
         assert_eq!(Config::parse(&config.render(), "x").unwrap(), config);
         config.lifecycle.idle = "1500ms".parse().unwrap();
-        config.lifecycle.policy = Policy::FixedKeepAlive;
+        config.policy.name = PolicyName::LatencyPaper;
+        config.policy.alpha = 1.25;
+        config.policy.budget = Size::mib(3000);
         config.node.memory_budget = "3 GiB".parse().unwrap();
         config.log.level = "info,medes_node=\"debug\"".into();
         config.layers.insert("num py".into(), "/srv/numpy.zip".into());
@@ -526,7 +571,9 @@ mod tests {
     fn wrong_values_are_named() {
         for (text, part) in [
             ("[lifecycle]\nidle = \"soon\"", "m.toml:2: \"soon\" is no duration"),
-            ("[lifecycle]\npolicy = \"lru\"", "fixed-keep-alive"),
+            ("[policy]\nname = \"lru\"", "greedy-dual"),
+            ("[policy]\nalpha = 0.5", "policy.alpha: 1 or more"),
+            ("[policy]\nheadroom = 60", "policy.headroom: at most 50"),
             ("[api]\nlisten = \"here\"", "m.toml:2: "),
             ("[dedup]\ncardinality = 6", "dedup.cardinality: must be 5, 10 or 20"),
             ("[node]\ncgroup = \"../x\"", "node.cgroup"),

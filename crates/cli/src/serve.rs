@@ -8,11 +8,10 @@ use medes_core::NodeId;
 use medes_keeper::KeeperConfig;
 use medes_memory::features::KernelFeatures;
 use medes_node::{DedupConfig, Node, NodeConfig};
-use medes_policy::PolicyConfig;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, Log, LogFormat, Policy};
+use crate::config::{Config, Log, LogFormat};
 
 /// The hidden subcommand that makes this program a keeper.
 pub const KEEPER_COMMAND: &str = "keeper";
@@ -142,16 +141,7 @@ fn controller_config(config: &Config) -> ControllerConfig {
     let limits = &config.limits;
     ControllerConfig {
         data_dir: config.node.data_dir.clone(),
-        policy: match lifecycle.policy {
-            Policy::Medes => PolicyConfig::Simple {
-                idle_ms: lifecycle.idle.millis(),
-                keep_alive_ms: lifecycle.keep_alive.millis(),
-                keep_dedup_ms: lifecycle.keep_dedup.millis(),
-            },
-            Policy::FixedKeepAlive => {
-                PolicyConfig::FixedKeepAlive { keep_alive_ms: lifecycle.keep_alive.millis() }
-            }
-        },
+        policy: config.policy_settings(),
         max_dedups: lifecycle.max_dedups,
         base_threshold: config.dedup.base_threshold,
         joined_tenants: config.dedup.joined_tenants.clone(),

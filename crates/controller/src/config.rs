@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use medes_core::Tenant;
-use medes_policy::{DEFAULT_BASE_THRESHOLD, PolicyConfig};
+use medes_policy::{DEFAULT_BASE_THRESHOLD, PolicySettings};
 use serde::{Deserialize, Serialize};
 
 /// The controller's settings. Periods are milliseconds, sizes bytes; a limit of 0 means none.
@@ -13,9 +13,8 @@ use serde::{Deserialize, Serialize};
 pub struct ControllerConfig {
     /// Where functions, their code and the state store are kept.
     pub data_dir: PathBuf,
-    /// The policy that decides over idle sandboxes, and its periods.
-    #[serde(flatten)]
-    pub policy: PolicyConfig,
+    /// The policy that decides over idle sandboxes, unless another was set live.
+    pub policy: PolicySettings,
     /// How many dedup operations run at the same time. They cost processor time and memory
     /// bandwidth that requests want as well.
     pub max_dedups: u32,
@@ -56,7 +55,7 @@ impl Default for ControllerConfig {
     fn default() -> Self {
         Self {
             data_dir: PathBuf::from("/var/lib/medes"),
-            policy: PolicyConfig::default(),
+            policy: PolicySettings::default(),
             max_dedups: 1,
             dedup_retry_ms: 60_000,
             base_threshold: DEFAULT_BASE_THRESHOLD,
@@ -91,16 +90,16 @@ impl ControllerConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use medes_policy::PolicyName;
 
     #[test]
     fn absent_keys_have_their_defaults() {
-        let c: ControllerConfig = serde_json::from_str(
-            r#"{"policy":"simple","idle_ms":5,"keep_alive_ms":6,"keep_dedup_ms":7,"max_dedups":2}"#,
-        )
-        .unwrap();
+        let c: ControllerConfig =
+            serde_json::from_str(r#"{"policy":{"name":"latency","idle_ms":5},"max_dedups":2}"#)
+                .unwrap();
         assert_eq!(
             c.policy,
-            PolicyConfig::Simple { idle_ms: 5, keep_alive_ms: 6, keep_dedup_ms: 7 }
+            PolicySettings { name: PolicyName::Latency, idle_ms: 5, ..PolicySettings::default() }
         );
         assert_eq!(c.max_dedups, 2);
         assert_eq!(c.queue_limit, ControllerConfig::default().queue_limit);

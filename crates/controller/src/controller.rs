@@ -1,5 +1,6 @@
 //! The controller itself: its parts, its background tasks, its end.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -39,6 +40,8 @@ pub(crate) struct Inner<N> {
     wake: Arc<Notify>,
     /// Told whenever a sandbox, a start or a dedup operation ended.
     pub(crate) changed: Notify,
+    /// Whether the policy in force was set live, as against in the configuration.
+    pub(crate) live_policy: AtomicBool,
     started: Instant,
     stop: watch::Sender<bool>,
 }
@@ -64,8 +67,11 @@ impl<N: NodeApi> Controller<N> {
             entries: config.max_code_entries,
         };
         let code = CodeStore::open(dir.join("code"), limits)?;
+        config.policy.check()?;
+        let live = store.policy()?;
+        let policy = live.unwrap_or(config.policy);
         let config = Arc::new(config);
-        let mut table = Table::new(config.clone(), node.memory());
+        let mut table = Table::new(config.clone(), policy, node.memory());
         let mut used = Vec::new();
         for mut deployed in store.functions()? {
             // The operator may have joined or parted tenants since it was deployed.
@@ -92,6 +98,7 @@ impl<N: NodeApi> Controller<N> {
             table: Mutex::new(table),
             wake: Arc::new(Notify::new()),
             changed: Notify::new(),
+            live_policy: AtomicBool::new(live.is_some()),
             started: Instant::now(),
             stop: watch::Sender::new(false),
         });

@@ -1,6 +1,7 @@
 //! What can go wrong, and what to do about it.
 
 use medes_core::{FunctionName, SandboxId, SandboxState};
+use medes_policy::BadSetting;
 
 use crate::code::CodeError;
 
@@ -139,6 +140,12 @@ pub enum DeployError {
     /// The platform is going down.
     #[error("the platform is shutting down")]
     ShuttingDown,
+}
+
+impl From<BadSetting> for DeployError {
+    fn from(bad: BadSetting) -> Self {
+        Self::Invalid { setting: bad.setting, message: bad.message.to_owned() }
+    }
 }
 
 /// The state store failed.

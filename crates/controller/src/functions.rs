@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use medes_core::{DomainId, FunctionId, FunctionName, FunctionSpec, Layout, Tenant};
 use medes_node::NodeApi;
+use medes_policy::FunctionSettings;
 
 use crate::code::CodeSource;
 use crate::controller::{Controller, Inner};
@@ -42,6 +43,8 @@ pub struct Deploy {
     pub description: String,
     /// See [`Deployed::labels`].
     pub labels: BTreeMap<String, String>,
+    /// See [`Deployed::settings`]; `None` leaves what was set for an older version, if any.
+    pub settings: Option<FunctionSettings>,
 }
 
 impl Deploy {
@@ -62,6 +65,7 @@ impl Deploy {
             tenant: Tenant::default(),
             description: String::new(),
             labels: BTreeMap::new(),
+            settings: None,
         }
     }
 }
@@ -144,7 +148,7 @@ impl<N: NodeApi> Controller<N> {
 }
 
 /// Runs a change in a task of its own: a caller that goes away must not leave it half done.
-async fn to_its_end<T: Send + 'static>(
+pub(crate) async fn to_its_end<T: Send + 'static>(
     change: impl Future<Output = Result<T, DeployError>> + Send + 'static,
 ) -> Result<T, DeployError> {
     match tokio::spawn(change).await {
@@ -166,6 +170,9 @@ impl<N: NodeApi> Inner<N> {
     ) -> Result<Arc<Deployed>, DeployError> {
         let inner = self;
         let _changing = inner.changing.lock().await;
+        if let Some(settings) = &deploy.settings {
+            settings.check()?;
+        }
         let old = inner.with(|t, _| t.function(&deploy.name));
         if old.is_some() && mode == DeployMode::Create {
             return Err(DeployError::Exists(deploy.name));
@@ -190,12 +197,14 @@ impl<N: NodeApi> Inner<N> {
             description: deploy.description,
             deployed_at_ms: 0,
         };
+        let kept_settings = old.as_ref().map(|o| o.settings).unwrap_or_default();
         let kept_seed = old
             .filter(|o| (o.spec.layout == Layout::Shared) == (spec.layout == Layout::Shared))
             // Another tenant must not know the layout.
             .filter(|o| o.spec.tenant == spec.tenant)
             .map(|o| o.spec.layout_seed);
-        let deployed = Deployed { spec, labels: deploy.labels };
+        let settings = deploy.settings.unwrap_or(kept_settings);
+        let deployed = Deployed { spec, labels: deploy.labels, settings };
         inner.put(deployed, Some(deploy.code), Some(deploy.layers), kept_seed).await
     }
 
@@ -347,7 +356,7 @@ fn check(spec: &FunctionSpec) -> Result<(), DeployError> {
     Ok(())
 }
 
-async fn blocking<T, E>(
+pub(crate) async fn blocking<T, E>(
     work: impl FnOnce() -> Result<T, E> + Send + 'static,
 ) -> Result<T, DeployError>
 where

@@ -17,6 +17,7 @@ pub mod fake;
 mod functions;
 mod hand;
 mod invoke;
+mod policy;
 mod store;
 mod table;
 #[cfg(test)]
@@ -32,6 +33,7 @@ pub use document::error_type;
 pub use error::{DeployError, HandError, InvokeError, StoreError};
 pub use functions::{Change, Deploy, DeployMode};
 pub use invoke::InvokeOptions;
+pub use policy::{FunctionPolicy, PolicyExplanation, PolicyOrigin, PolicyView};
 pub use store::Deployed;
 pub use view::{Counts, FunctionView, Info, SandboxView, TenantView};
 

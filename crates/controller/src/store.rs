@@ -5,8 +5,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use medes_core::{DomainId, FunctionId, FunctionSpec};
+use medes_policy::{FunctionSettings, PolicySettings};
 use parking_lot::RwLock;
 use redb::{Database, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::StoreError;
@@ -20,11 +22,15 @@ const COUNTERS: TableDefinition<&str, u64> = TableDefinition::new("counters");
 /// Numbers of dedup domains, by the name of the group of tenants.
 const DOMAINS: TableDefinition<&str, u32> = TableDefinition::new("domains");
 
+/// Settings by name: one version byte, then JSON.
+const SETTINGS: TableDefinition<&str, &[u8]> = TableDefinition::new("settings");
+
+const POLICY: &str = "policy";
 const NEXT_FUNCTION: &str = "next_function";
 const RECORD_VERSION: u8 = 1;
 
 /// A function as it is deployed.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Deployed {
     /// What a node needs to know of it.
     pub spec: FunctionSpec,
@@ -32,6 +38,9 @@ pub struct Deployed {
     /// itself makes nothing of it.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// What the operator wants of the policy for this function alone.
+    #[serde(default)]
+    pub settings: FunctionSettings,
 }
 
 /// The embedded database in the data directory. It holds secrets (layout seeds, environment
@@ -58,6 +67,7 @@ impl Store {
             t.open_table(SEEDS)?;
             t.open_table(COUNTERS)?;
             t.open_table(DOMAINS)?;
+            t.open_table(SETTINGS)?;
             Ok(())
         })?;
         Ok(store)
@@ -73,16 +83,38 @@ impl Store {
             }
             Ok(())
         })?;
-        found
-            .into_iter()
-            .map(|(key, bytes)| {
-                decode(&bytes).map_err(|message| StoreError::Record {
-                    path: self.path.display().to_string(),
-                    key,
-                    message,
-                })
-            })
-            .collect()
+        found.into_iter().map(|(key, bytes)| self.record(key, &bytes)).collect()
+    }
+
+    fn record<T: DeserializeOwned>(&self, key: String, bytes: &[u8]) -> Result<T, StoreError> {
+        decode(bytes).map_err(|message| StoreError::Record {
+            path: self.path.display().to_string(),
+            key,
+            message,
+        })
+    }
+
+    /// The policy that was set live; `None` if that of the configuration holds.
+    pub(crate) fn policy(&self) -> Result<Option<PolicySettings>, StoreError> {
+        let mut found = None;
+        self.read(|t| {
+            found = t.open_table(SETTINGS)?.get(POLICY)?.map(|v| v.value().to_vec());
+            Ok(())
+        })?;
+        found.map(|bytes| self.record(POLICY.to_owned(), &bytes)).transpose()
+    }
+
+    /// Writes the policy that was set live, or that there is none; returns once it is on disk.
+    pub(crate) fn set_policy(&self, settings: Option<&PolicySettings>) -> Result<(), StoreError> {
+        let record = settings.map(encode);
+        self.write(|t| {
+            let mut table = t.open_table(SETTINGS)?;
+            match &record {
+                Some(bytes) => table.insert(POLICY, bytes.as_slice())?,
+                None => table.remove(POLICY)?,
+            };
+            Ok(())
+        })
     }
 
     /// Writes one function; returns once it is on disk.
@@ -197,13 +229,13 @@ impl Store {
     }
 }
 
-fn encode(function: &Deployed) -> Vec<u8> {
+fn encode(record: &impl Serialize) -> Vec<u8> {
     let mut bytes = vec![RECORD_VERSION];
-    serde_json::to_writer(&mut bytes, function).expect("a record has a JSON form");
+    serde_json::to_writer(&mut bytes, record).expect("a record has a JSON form");
     bytes
 }
 
-fn decode(bytes: &[u8]) -> Result<Deployed, String> {
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     match bytes.split_first() {
         Some((&RECORD_VERSION, json)) => serde_json::from_slice(json).map_err(|e| e.to_string()),
         Some((other, _)) => Err(format!(
@@ -220,20 +252,26 @@ mod tests {
     use crate::testing::deployed;
 
     #[test]
-    fn functions_and_seeds_survive_a_reopen() {
+    fn functions_seeds_and_the_policy_survive_a_reopen() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.redb");
         let f = deployed("a", 1);
+        let policy = PolicySettings { alpha: 3.5, ..PolicySettings::default() };
         let seed = {
             let store = Store::open(&path).unwrap();
             store.put(&f).unwrap();
             store.put(&deployed("b", 2)).unwrap();
             store.remove("b").unwrap();
             assert_eq!(store.next_function().unwrap(), FunctionId(1));
+            assert_eq!(store.policy().unwrap(), None);
+            store.set_policy(Some(&policy)).unwrap();
             store.domain_seed(DomainId(0), || 42).unwrap()
         };
         let store = Store::open(&path).unwrap();
         assert_eq!(store.functions().unwrap(), [f]);
+        assert_eq!(store.policy().unwrap(), Some(policy));
+        store.set_policy(None).unwrap();
+        assert_eq!(store.policy().unwrap(), None);
         assert_eq!(store.next_function().unwrap(), FunctionId(2));
         assert_eq!(store.domain_seed(DomainId(0), || 43).unwrap(), seed);
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use medes_core::{DomainId, FunctionId, FunctionSpec, Layout};
-use medes_policy::PolicyConfig;
+use medes_policy::PolicySettings;
 use tempfile::TempDir;
 
 use crate::code::CodeSource;
@@ -36,6 +36,10 @@ pub(crate) fn deployed(name: &str, id: u64) -> Deployed {
             deployed_at_ms: 0,
         },
         labels: BTreeMap::from([("k".into(), "v".into())]),
+        settings: medes_policy::FunctionSettings {
+            priority: Some(2.0),
+            ..medes_policy::FunctionSettings::default()
+        },
     }
 }
 
@@ -46,8 +50,8 @@ pub(crate) struct Rig {
     pub(crate) dir: TempDir,
 }
 
-pub(crate) fn periods(idle_ms: u64, keep_alive_ms: u64, keep_dedup_ms: u64) -> PolicyConfig {
-    PolicyConfig::Simple { idle_ms, keep_alive_ms, keep_dedup_ms }
+pub(crate) fn periods(idle_ms: u64, keep_alive_ms: u64, keep_dedup_ms: u64) -> PolicySettings {
+    PolicySettings { idle_ms, keep_alive_ms, keep_dedup_ms, ..PolicySettings::default() }
 }
 
 impl Rig {

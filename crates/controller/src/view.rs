@@ -8,7 +8,7 @@ use medes_core::{
     Tenant,
 };
 use medes_node::{NodeApi, NodeMemory};
-use medes_policy::StatsSummary;
+use medes_policy::{FunctionSettings, StatsSummary};
 use serde::{Deserialize, Serialize};
 
 use crate::config::ControllerConfig;
@@ -69,6 +69,8 @@ pub struct FunctionView {
     pub counts: Counts,
     /// Sandboxes now.
     pub sandboxes: u64,
+    /// What was set of the policy for this function alone.
+    pub policy: FunctionSettings,
     /// Times, rates and sizes measured since the platform was started.
     pub stats: StatsSummary,
 }
@@ -144,12 +146,12 @@ impl<N: NodeApi> Controller<N> {
     #[must_use]
     pub fn info(&self) -> Info {
         let inner = &self.inner;
-        let (functions, sandboxes) =
-            inner.with(|t, _| (t.functions().len() as u64, t.sandbox_counts()));
+        let (functions, sandboxes, policy) = inner
+            .with(|t, _| (t.functions().len() as u64, t.sandbox_counts(), t.policy_settings()));
         Info {
             memory: inner.node.memory(),
             runtimes: inner.node.runtimes(),
-            config: (*inner.config).clone(),
+            config: ControllerConfig { policy, ..(*inner.config).clone() },
             functions,
             sandboxes,
             uptime_ms: inner.now_ms(),
@@ -267,6 +269,7 @@ fn view(table: &crate::table::Table, now_ms: u64, spec: &FunctionSpec) -> Option
             errors: stats.errors,
         },
         sandboxes: table.sandbox_count(&spec.name),
+        policy: stats.settings,
         stats: stats.summary(now_ms),
         id: s.id,
         name: s.name,

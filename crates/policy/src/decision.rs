@@ -236,6 +236,15 @@ pub struct Simple {
     pub keep_dedup_ms: u64,
 }
 
+impl Simple {
+    /// The periods without a function's own.
+    #[must_use]
+    pub fn periods(&self) -> Periods {
+        let Self { idle_ms, keep_alive_ms, keep_dedup_ms } = *self;
+        Periods { idle_ms, keep_alive_ms, keep_dedup_ms }
+    }
+}
+
 impl Policy for Simple {
     fn name(&self) -> &'static str {
         "simple"
@@ -245,17 +254,18 @@ impl Policy for Simple {
         &self,
         now_ms: u64,
         sandbox: &IdleSandbox,
-        _stats: &FunctionStats,
+        stats: &FunctionStats,
         _pressure: Pressure,
     ) -> Decision {
+        let periods = self.periods().of(stats);
         if sandbox.state == SandboxState::Dedup {
-            return purge_at(now_ms, sandbox.since_ms.saturating_add(self.keep_dedup_ms));
+            return purge_at(now_ms, sandbox.since_ms.saturating_add(periods.keep_dedup_ms));
         }
-        let purge = sandbox.since_ms.saturating_add(self.keep_alive_ms);
+        let purge = sandbox.since_ms.saturating_add(periods.keep_alive_ms);
         if now_ms >= purge {
             return Decision::now(Action::Purge, now_ms);
         }
-        let idle_over = sandbox.since_ms.saturating_add(self.idle_ms);
+        let idle_over = sandbox.since_ms.saturating_add(periods.idle_ms);
         let dedup = match sandbox.dedupable {
             Dedupable::Now => idle_over,
             Dedupable::From(moment) => idle_over.max(moment),
@@ -293,10 +303,11 @@ impl Policy for FixedKeepAlive {
         &self,
         now_ms: u64,
         sandbox: &IdleSandbox,
-        _stats: &FunctionStats,
+        stats: &FunctionStats,
         _pressure: Pressure,
     ) -> Decision {
-        purge_at(now_ms, sandbox.since_ms.saturating_add(self.keep_alive_ms))
+        let keep_alive_ms = stats.settings.keep_alive_ms.unwrap_or(self.keep_alive_ms);
+        purge_at(now_ms, sandbox.since_ms.saturating_add(keep_alive_ms))
     }
 
     fn evict(&self, idle: &[IdleSandbox], need: Need) -> Vec<Eviction> {
@@ -364,6 +375,23 @@ mod tests {
         let s = sandbox(SandboxState::Dedup, Dedupable::Now);
         assert_eq!(simple(1_000, &s), Decision::keep_until(901_000));
         assert_eq!(simple(901_000, &s).action, Action::Purge);
+    }
+
+    #[test]
+    fn a_functions_own_periods_count_before_the_policys() {
+        let mut stats = FunctionStats::default();
+        stats.settings.idle_ms = Some(5_000);
+        stats.settings.keep_alive_ms = Some(7_000);
+        stats.settings.keep_dedup_ms = Some(9_000);
+        let none = Pressure::default();
+        let warm = sandbox(SandboxState::Warm, Dedupable::Now);
+        let policy = PolicyConfig::default().build();
+        assert_eq!(policy.decide(1_000, &warm, &stats, none), Decision::keep_until(6_000));
+        assert_eq!(policy.decide(8_000, &warm, &stats, none).action, Action::Purge);
+        let dedup = sandbox(SandboxState::Dedup, Dedupable::Now);
+        assert_eq!(policy.decide(1_000, &dedup, &stats, none), Decision::keep_until(10_000));
+        let fixed = PolicyConfig::FixedKeepAlive { keep_alive_ms: 600_000 }.build();
+        assert_eq!(fixed.decide(1_000, &warm, &stats, none), Decision::keep_until(8_000));
     }
 
     #[test]

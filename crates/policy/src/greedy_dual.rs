@@ -57,7 +57,8 @@ impl GreedyDual {
                 .and_then(|l| l.average_us())
                 .map_or(1.0, |us| us as f64 / 1e6);
             let size = (sandbox.memory as f64 / f64::from(1 << 20)).max(1e-3);
-            stats.recent_requests(ctx.now_ms) as f64 * cost / size
+            let priority = stats.settings.priority.unwrap_or(1.0);
+            stats.recent_requests(ctx.now_ms) as f64 * cost * priority / size
         });
         ctx.clock.at(sandbox.last_used_ms) + value
     }

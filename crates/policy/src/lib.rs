@@ -20,6 +20,7 @@ mod model;
 mod objective;
 mod price;
 mod schedule;
+mod settings;
 mod stats;
 mod targets;
 
@@ -40,5 +41,6 @@ pub use model::{Model, WARM_STARTUP_FLOOR_US};
 pub use objective::{Form, Objective};
 pub use price::{Buyer, Keep, Outlook, spend};
 pub use schedule::choose;
+pub use settings::{BadSetting, PolicyName, PolicySettings};
 pub use stats::{Directive, FunctionSettings, FunctionStats, Latency, Population, StatsSummary};
 pub use targets::{Split, budgets_by_rate, least_latency, least_memory};

@@ -36,7 +36,9 @@ pub struct Periods {
 }
 
 impl Periods {
-    fn of(self, stats: &FunctionStats) -> Self {
+    /// With what the operator set for this function alone.
+    #[must_use]
+    pub fn of(self, stats: &FunctionStats) -> Self {
         let s = &stats.settings;
         Self {
             idle_ms: s.idle_ms.unwrap_or(self.idle_ms),

@@ -3,7 +3,7 @@
 use medes_core::{FunctionId, SandboxId, SandboxState, StartKind};
 use medes_policy::{
     Action, AgingClock, Dedupable, Evicting, Form, FunctionStats, IdleSandbox, Medes, Need,
-    Objective, Periods, Policy, Population, Pressure, explain,
+    Objective, Periods, Policy, PolicyName, PolicySettings, Population, Pressure, explain,
 };
 use proptest::prelude::*;
 
@@ -156,14 +156,29 @@ fn what_is_least_likely_to_be_missed_gives_way_first() {
 #[test]
 fn an_explanation_has_the_numbers_and_what_other_targets_would_bring() {
     let (stats, now) = called_every(3 * MINUTE, 40);
-    let policy = latency(2.5, Form::Served);
-    let e = explain(&policy, now, &stats, Pressure::default()).unwrap();
-    assert_eq!(e.keep.warm_ms, policy.keep(now, &stats).0);
-    assert!(e.known_reuses > 30.0 && e.model.warm_bytes == 5e7);
+    let settings =
+        |name| PolicySettings { name, keep_dedup_ms: 60 * MINUTE, ..PolicySettings::default() };
+    let periods = latency(2.5, Form::Served).periods;
+    let explained = |name, stats: &FunctionStats| {
+        explain(&settings(name).config(), periods, now, stats, Pressure::default())
+    };
+    let e = explained(PolicyName::Latency, &stats);
+    assert_eq!(e.keep.unwrap().warm_ms, latency(2.5, Form::Served).keep(now, &stats).0);
+    assert!(e.known_reuses > 30.0 && e.model.unwrap().warm_bytes == 5e7);
     assert!(e.targets.is_sorted_by(|a, b| a.outlook.bytes >= b.outlook.bytes), "{e:#?}");
     assert!(e.targets.is_sorted_by(|a, b| a.outlook.startup <= b.outlook.startup), "{e:#?}");
-    let unknown = FunctionStats::default();
-    assert!(explain(&policy, now, &unknown, Pressure::default()).is_none());
+    // What is in force is among what could be.
+    let same = e.targets.iter().find(|t| t.alpha == 2.5).unwrap();
+    assert_eq!((Some(same.keep), Some(same.outlook)), (e.keep, e.outlook));
+    for name in PolicyName::ALL {
+        let e = explained(name, &stats);
+        let timed = ![PolicyName::LatencyPaper, PolicyName::MemoryPaper, PolicyName::GreedyDual]
+            .contains(&name);
+        assert_eq!((e.keep.is_some(), e.targets.len()), (timed, 6), "{name}");
+        assert_eq!(e.windows.is_some(), name == PolicyName::Adaptive);
+        let unknown = explained(name, &FunctionStats::default());
+        assert!(unknown.model.is_none() && unknown.targets.is_empty());
+    }
 }
 
 #[test]

@@ -208,7 +208,7 @@ pub(super) fn version_of(revision: &str) -> Result<FunctionId, LambdaError> {
 
 /// A function as Lambda shows it.
 pub(super) fn describe(deployed: &Deployed) -> Value {
-    let Deployed { spec, labels } = deployed;
+    let Deployed { spec, labels, .. } = deployed;
     let role = labels.get(ROLE).map_or("arn:aws:iam::000000000000:role/none", String::as_str);
     let mut shown = json!({
         "FunctionName": spec.name,

@@ -19,7 +19,9 @@ pub mod version;
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use medes_core::FunctionName;
+use medes_policy::PolicyName;
 
 use crate::client::{Client, DEFAULT_URL};
 use crate::config::Config;
@@ -56,6 +58,12 @@ impl Global {
     pub fn load_config(&self) -> Result<(Config, Option<PathBuf>), Failure> {
         Ok(Config::load(self.config.as_deref())?)
     }
+}
+
+/// For clap: a policy's name.
+pub fn policy_names() -> impl TypedValueParser<Value = PolicyName> {
+    PossibleValuesParser::new(PolicyName::ALL.map(PolicyName::as_str))
+        .try_map(|name| name.parse::<PolicyName>())
 }
 
 /// For clap: a function's name.

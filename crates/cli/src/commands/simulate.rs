@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use medes_policy::{Adaptive, Form, Objective, PolicyConfig};
+use medes_policy::{PolicyName, PolicySettings};
 use medes_simulator::{
     Bases, Execution, Experiment, Functions, Observer, Outcome as RequestOutcome, Profile, Run,
     SimulationConfig, carry_out, evaluation, simulate,
@@ -14,6 +14,7 @@ use medes_simulator::{
 use medes_trace::{Trace, TraceOptions};
 use serde_json::json;
 
+use super::policy_names;
 use crate::failure::{Failure, Outcome};
 use crate::output::{Format, table};
 use crate::units::{Period, Size};
@@ -30,7 +31,7 @@ pub struct SimulateCommand {
     /// Who decides over idle sandboxes; several are simulated one after the other.
     #[arg(
         long,
-        value_enum,
+        value_parser = policy_names(),
         value_name = "POLICY",
         value_delimiter = ',',
         default_value = "fixed,adaptive,latency,memory"
@@ -105,26 +106,6 @@ pub struct SimulateCommand {
     format: Format,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum PolicyName {
-    /// Fixed keep-alive.
-    Fixed,
-    /// The hybrid histogram policy.
-    Adaptive,
-    /// Greedy-dual keep-alive.
-    GreedyDual,
-    /// Dedup after the idle period, always.
-    Periods,
-    /// Medes with a latency target (P1).
-    Latency,
-    /// Medes with a memory budget (P2).
-    Memory,
-    /// P1 in the paper's form.
-    LatencyPaper,
-    /// P2 in the paper's form.
-    MemoryPaper,
-}
-
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum FunctionsName {
     Trace,
@@ -143,18 +124,17 @@ enum BasesName {
     Node,
 }
 
-impl PolicyName {
-    fn label(self) -> &'static str {
-        match self {
-            Self::Fixed => "Fixed keep-alive",
-            Self::Adaptive => "Adaptive",
-            Self::GreedyDual => "Greedy-dual",
-            Self::Periods => "Medes, fixed periods",
-            Self::Latency => "Medes P1",
-            Self::Memory => "Medes P2",
-            Self::LatencyPaper => "Medes P1, paper",
-            Self::MemoryPaper => "Medes P2, paper",
-        }
+/// What charts call a policy.
+fn label(name: PolicyName) -> &'static str {
+    match name {
+        PolicyName::Fixed => "Fixed keep-alive",
+        PolicyName::Adaptive => "Adaptive",
+        PolicyName::GreedyDual => "Greedy-dual",
+        PolicyName::Periods => "Medes, fixed periods",
+        PolicyName::Latency => "Medes P1",
+        PolicyName::Memory => "Medes P2",
+        PolicyName::LatencyPaper => "Medes P1, paper",
+        PolicyName::MemoryPaper => "Medes P2, paper",
     }
 }
 
@@ -211,7 +191,7 @@ impl SimulateCommand {
                         }
                         None => Experiment::Single,
                     },
-                    label: name.label().to_owned(),
+                    label: label(*name).to_owned(),
                     result,
                     improvement: None,
                 };
@@ -234,34 +214,23 @@ impl SimulateCommand {
     }
 
     fn config(&self, name: PolicyName) -> SimulationConfig {
-        let latency = Objective::Latency { alpha: self.alpha };
-        let memory = Objective::Memory { budget: 0 };
-        let (idle_ms, keep_alive_ms) = (self.idle.millis(), self.keep_alive.millis());
-        let minutes = |n: u64| self.keep_dedup.map_or(n * 60_000, Period::millis);
-        let medes = |objective, form, keep_dedup_ms| PolicyConfig::Medes {
-            objective,
-            form,
-            idle_ms,
-            keep_alive_ms,
-            keep_dedup_ms,
+        let minutes = match name {
+            PolicyName::Latency | PolicyName::Memory => 60,
+            _ => 15,
         };
-        let policy = match name {
-            PolicyName::Fixed => PolicyConfig::FixedKeepAlive { keep_alive_ms },
-            PolicyName::Adaptive => PolicyConfig::Adaptive(Adaptive::default()),
-            PolicyName::GreedyDual => PolicyConfig::GreedyDual,
-            PolicyName::Periods => {
-                PolicyConfig::Simple { idle_ms, keep_alive_ms, keep_dedup_ms: minutes(15) }
-            }
-            PolicyName::Latency => medes(latency, Form::Served, minutes(60)),
-            PolicyName::Memory => medes(memory, Form::Served, minutes(60)),
-            PolicyName::LatencyPaper => medes(latency, Form::Paper, minutes(15)),
-            PolicyName::MemoryPaper => medes(memory, Form::Paper, minutes(15)),
+        let settings = PolicySettings {
+            name,
+            alpha: self.alpha,
+            idle_ms: self.idle.millis(),
+            keep_alive_ms: self.keep_alive.millis(),
+            keep_dedup_ms: self.keep_dedup.map_or(minutes * 60_000, Period::millis),
+            ..PolicySettings::default()
         };
         SimulationConfig {
             seed: self.seed,
             nodes: self.nodes,
             node_memory: self.pool.0 / u64::from(self.nodes.max(1)),
-            policy,
+            policy: settings.config(),
             functions: match self.functions {
                 FunctionsName::Trace => Functions::Trace,
                 FunctionsName::Profile => Functions::Profile,

@@ -37,7 +37,7 @@ fn an_idle_sandbox_is_deduplicated_and_later_purged() {
 #[test]
 fn a_fixed_keep_alive_never_deduplicates() {
     let platform = Setup::new()
-        .set("lifecycle", "policy", "fixed-keep-alive")
+        .set("policy", "name", "fixed")
         .set("lifecycle", "idle", "1ms")
         .set("lifecycle", "keep_alive", "1s")
         .start();

@@ -56,6 +56,9 @@ pub(crate) struct Entry {
     pub(crate) memory: u64,
     /// The last total while it was warm.
     pub(crate) warm_bytes: u64,
+    /// What the page store keeps for it while it is dedup, and until a restore has put all of its
+    /// pages back.
+    pub(crate) image_bytes: u64,
     pub(crate) stays_warm: Option<StaysWarm>,
 }
 
@@ -79,6 +82,7 @@ impl Entry {
             restores: 0,
             memory: 0,
             warm_bytes: 0,
+            image_bytes: 0,
             stays_warm: None,
         }
     }
@@ -89,6 +93,17 @@ impl Entry {
         self.claimed = false;
         self.for_request = false;
         self.ask_at_ms = u64::MAX;
+    }
+
+    /// What a restore takes beyond what a dedup sandbox has already, bytes: all of its pages, while
+    /// the page store still keeps what they are made of.
+    pub(crate) fn restore_needs(&self) -> u64 {
+        match self.phase {
+            Phase::Dedup | Phase::Restoring => {
+                (self.warm_bytes + self.image_bytes).saturating_sub(self.memory)
+            }
+            _ => 0,
+        }
     }
 
     /// Whether it will be at the disposal of waiting requests soon.

@@ -15,6 +15,7 @@ impl Table {
     pub(crate) fn install(&mut self, now_ms: u64, deployed: Arc<Deployed>) {
         let id = deployed.spec.id;
         let name = deployed.spec.name.clone();
+        let settings = deployed.settings;
         self.versions.insert(
             id,
             Version {
@@ -24,9 +25,11 @@ impl Table {
                 starting: Vec::new(),
                 waiting: VecDeque::new(),
                 bases: 0,
+                last_used_ms: now_ms,
+                prewarm_at_ms: None,
             },
         );
-        self.stats.entry(name.clone()).or_default();
+        self.stats.entry(name.clone()).or_default().settings = settings;
         if let Some(old) = self.current.insert(name, id) {
             self.drain(now_ms, old);
         }
@@ -94,6 +97,12 @@ impl Table {
 
     pub(crate) fn stats_mut(&mut self, name: &FunctionName) -> Option<&mut FunctionStats> {
         self.stats.get_mut(name)
+    }
+
+    /// The statistics of the function that a version belongs to.
+    pub(crate) fn stats_of(&mut self, id: FunctionId) -> Option<&mut FunctionStats> {
+        let version = self.versions.get(&id)?;
+        self.stats.get_mut(&version.deployed.spec.name)
     }
 
     pub(crate) fn stats(&self, name: &FunctionName) -> Option<&FunctionStats> {

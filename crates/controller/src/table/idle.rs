@@ -1,9 +1,9 @@
 //! Idle sandboxes: what the policy decides over them, and what an operator does with them.
 
 use medes_core::{FunctionId, SandboxId, SandboxState};
-use medes_policy::{Action, Decision, FunctionStats, Need, base_due};
+use medes_policy::{Action, Decision, Evicting, FunctionStats, Need, base_due};
 
-use super::{DedupReply, Effect, Entry, Phase, Table};
+use super::{DedupReply, Effect, Entry, Phase, Table, Version};
 use crate::error::HandError;
 
 /// A dedup operation can't begin.
@@ -22,13 +22,15 @@ const PRESSURE_PERIOD_MS: u64 = 1_000;
 const PAUSE_MS: u64 = 100;
 
 impl Table {
-    fn decide(&self, now_ms: u64, sandbox: SandboxId) -> Option<Decision> {
+    pub(super) fn decide(&mut self, now_ms: u64, sandbox: SandboxId) -> Option<Decision> {
         let entry = self.sandboxes.get(&sandbox)?;
+        let function = entry.function;
         let idle = entry.idle()?;
+        self.note_population(function);
         let unknown = FunctionStats::default();
         let stats = self
             .versions
-            .get(&entry.function)
+            .get(&function)
             .and_then(|v| self.stats.get(&v.deployed.spec.name))
             .unwrap_or(&unknown);
         Some(self.policy.decide(now_ms, &idle, stats, self.pressure()))
@@ -67,20 +69,25 @@ impl Table {
                         entry.ask_at_ms = decision.ask_again_ms.max(now_ms + 1);
                     }
                 }
-                Action::Purge => self.purge(sandbox),
+                Action::Purge => self.discard(now_ms, sandbox),
                 // If too many are under way it stays due: the end of one of them comes back here.
                 Action::Dedup => {
                     let _ = self.begin_dedup(now_ms, sandbox, false, None);
                 }
             }
         }
+        self.plan_if_due(now_ms);
+        self.prewarm_due(now_ms);
         self.relieve(now_ms, 0);
         self.pump(now_ms);
+        self.keep_headroom(now_ms);
         let next = self
             .sandboxes
             .values()
             .filter(|e| matches!(e.phase, Phase::Warm | Phase::Dedup) && e.ask_at_ms > now_ms)
             .map(|e| e.ask_at_ms)
+            .chain(self.versions.values().filter_map(|v| v.prewarm_at_ms))
+            .chain([self.next_plan_ms])
             .min()
             .unwrap_or(u64::MAX);
         let watched = self.pressure().budget > 0 && !self.is_empty();
@@ -88,23 +95,39 @@ impl Table {
         self.next_tick_ms
     }
 
-    /// Makes room.
+    /// Makes room. What the policy wants to deduplicate while as many operations as allowed are
+    /// under way waits for one of them to end, which comes back here.
     pub(super) fn evict(&mut self, now_ms: u64, need: Need) {
-        let idle: Vec<_> = self
-            .sandboxes
+        let Self { policy, clock, stats, versions, sandboxes, .. } = self;
+        let waited_for = |e: &Entry| {
+            e.phase == Phase::Dedup && versions.get(&e.function).is_some_and(Version::wants_restore)
+        };
+        let idle: Vec<_> = sandboxes
             .values()
-            .filter(|e| matches!(e.phase, Phase::Warm | Phase::Dedup))
+            .filter(|e| matches!(e.phase, Phase::Warm | Phase::Dedup) && !waited_for(e))
             .filter_map(Entry::idle)
             .collect();
-        for eviction in self.policy.evict(&idle, need) {
+        let stats = |id| versions.get(&id).and_then(|v| stats.get(&v.deployed.spec.name));
+        let mut ctx = Evicting { now_ms, stats: &stats, clock };
+        for eviction in policy.evict_by(&idle, need, &mut ctx) {
             match eviction.action {
                 Action::Keep => {}
                 Action::Dedup => {
                     let _ = self.begin_dedup(now_ms, eviction.sandbox, false, None);
                 }
-                Action::Purge => self.purge(eviction.sandbox),
+                Action::Purge => self.discard(now_ms, eviction.sandbox),
             }
         }
+    }
+
+    /// Ends an idle sandbox that the policy does not want to keep.
+    fn discard(&mut self, now_ms: u64, sandbox: SandboxId) {
+        let Some(entry) = self.sandboxes.get(&sandbox) else { return };
+        let (function, last_used_ms) = (entry.function, entry.last_used_ms);
+        if let Some(stats) = self.stats_of(function) {
+            stats.purged(now_ms, last_used_ms);
+        }
+        self.purge(sandbox);
     }
 
     /// Begins to deduplicate a warm sandbox. A new base snapshot is made if `force_base` or if one
@@ -149,6 +172,7 @@ impl Table {
         if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
             entry.enter(Phase::Restoring, now_ms);
         }
+        // An operator's word is done at once; what it needs is taken from idle sandboxes.
         self.relieve(now_ms, 0);
         Ok(())
     }

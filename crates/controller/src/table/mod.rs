@@ -11,6 +11,7 @@ mod closing;
 mod entry;
 mod functions;
 mod idle;
+mod policy;
 mod pump;
 mod view;
 
@@ -19,7 +20,7 @@ use std::sync::Arc;
 
 use medes_core::{FunctionId, FunctionName, SandboxId, StartKind};
 use medes_node::{DedupFailure, DedupReport, NodeMemory, StartFailure};
-use medes_policy::{FunctionStats, Policy, Pressure};
+use medes_policy::{AgingClock, FunctionStats, Policy, PolicySettings, Pressure};
 use tokio::sync::oneshot;
 
 use crate::config::ControllerConfig;
@@ -85,6 +86,8 @@ struct Starting {
     ticket: u64,
     since_ms: u64,
     expected_bytes: u64,
+    /// For one that is made ahead of a request: when the function was last used.
+    ahead: Option<u64>,
 }
 
 /// One deployed version of a function.
@@ -97,12 +100,21 @@ struct Version {
     waiting: VecDeque<Waiter>,
     /// Base snapshots made so far.
     bases: u64,
+    /// When its last request ended; 0 before the first.
+    last_used_ms: u64,
+    /// When the policy wants a sandbox to be there again, unless a request comes first.
+    prewarm_at_ms: Option<u64>,
 }
 
 /// See the module.
 pub(crate) struct Table {
     config: Arc<ControllerConfig>,
+    settings: PolicySettings,
     policy: Box<dyn Policy>,
+    /// What the policy remembers from one eviction to the next.
+    clock: AgingClock,
+    /// When the policy wants to look at all functions.
+    next_plan_ms: u64,
     versions: HashMap<FunctionId, Version>,
     current: BTreeMap<FunctionName, FunctionId>,
     stats: HashMap<FunctionName, FunctionStats>,
@@ -119,9 +131,16 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    pub(crate) fn new(config: Arc<ControllerConfig>, memory: NodeMemory) -> Self {
+    pub(crate) fn new(
+        config: Arc<ControllerConfig>,
+        settings: PolicySettings,
+        memory: NodeMemory,
+    ) -> Self {
         Self {
-            policy: config.policy.build(),
+            settings,
+            policy: settings.config().build(),
+            clock: AgingClock::default(),
+            next_plan_ms: 0,
             config,
             versions: HashMap::new(),
             current: BTreeMap::new(),
@@ -167,6 +186,7 @@ impl Table {
             version.waiting.push_front(waiter);
         } else {
             version.waiting.push_back(waiter);
+            version.prewarm_at_ms = None;
             self.stats.entry(name.clone()).or_default().arrived(now_ms);
         }
         self.pump(now_ms);
@@ -229,7 +249,8 @@ impl Table {
             self.purge(sandbox);
             return;
         };
-        version.starting.retain(|s| s.ticket != ticket);
+        let begun = version.starting.iter().position(|s| s.ticket == ticket);
+        let ahead = begun.and_then(|at| version.starting.swap_remove(at).ahead);
         version.sandboxes.insert(sandbox);
         while let Some(waiter) = version.waiting.pop_front() {
             let grant = Grant::Ready {
@@ -242,6 +263,9 @@ impl Table {
                 self.pump(now_ms);
                 return;
             }
+        }
+        if let (Some(last_used_ms), Some(entry)) = (ahead, self.sandboxes.get_mut(&sandbox)) {
+            entry.last_used_ms = last_used_ms;
         }
         self.free(now_ms, sandbox);
     }
@@ -276,6 +300,9 @@ impl Table {
         if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
             entry.requests += 1;
             entry.last_used_ms = now_ms;
+            if let Some(version) = self.versions.get_mut(&entry.function) {
+                version.last_used_ms = now_ms;
+            }
             if entry.stays_warm.as_ref().is_some_and(|s| !s.lasting) {
                 entry.stays_warm = None;
             }
@@ -291,8 +318,13 @@ impl Table {
         }
         entry.restores += 1;
         entry.memory = entry.warm_bytes;
+        let (function, image_bytes) = (entry.function, entry.image_bytes);
         entry.enter(Phase::Running, now_ms);
-        if entry.doomed {
+        let doomed = entry.doomed;
+        if let Some(stats) = self.stats_of(function) {
+            stats.restore_memory(image_bytes);
+        }
+        if doomed {
             self.purge(sandbox);
             return false;
         }
@@ -324,14 +356,15 @@ impl Table {
                 entry.dedups += 1;
                 entry.warm_bytes = report.before.total();
                 entry.memory = report.after.total();
+                entry.image_bytes = report.after.store + report.after.metadata;
                 entry.stays_warm = None;
                 entry.enter(Phase::Dedup, now_ms);
                 if let Some(version) = self.versions.get_mut(&function) {
                     version.bases += u64::from(report.base_bytes > 0);
-                    if let Some(stats) = self.stats.get_mut(&version.deployed.spec.name) {
-                        stats.warm_memory(report.before.total());
-                        stats.dedup_memory(report.after.total());
-                    }
+                }
+                if let Some(stats) = self.stats_of(function) {
+                    stats.warm_memory(report.before.total());
+                    stats.dedup_memory(report.after.total());
                 }
                 self.settle(now_ms, sandbox);
             }
@@ -391,6 +424,7 @@ impl Table {
         }
         self.retire(entry.function);
         self.pump(now_ms);
+        self.plan_prewarm(now_ms, entry.function);
     }
 
     /// The node saw a sandbox end by itself. If an operation on it is under way, that one's own
@@ -427,9 +461,8 @@ impl Table {
         }
         entry.memory = bytes;
         entry.warm_bytes = bytes;
-        if let Some(version) = self.versions.get(&entry.function)
-            && let Some(stats) = self.stats.get_mut(&version.deployed.spec.name)
-        {
+        let function = entry.function;
+        if let Some(stats) = self.stats_of(function) {
             stats.warm_memory(bytes);
         }
     }
@@ -444,12 +477,9 @@ impl Table {
         let m = &self.memory;
         let starting: u64 =
             self.versions.values().flat_map(|v| v.starting.iter().map(|s| s.expected_bytes)).sum();
-        let restoring: u64 = self
-            .sandboxes
-            .values()
-            .filter(|e| e.phase == Phase::Restoring)
-            .map(|e| e.warm_bytes.saturating_sub(e.memory))
-            .sum();
+        let under_way = |e: &&Entry| e.phase == Phase::Restoring;
+        let restoring: u64 =
+            self.sandboxes.values().filter(under_way).map(Entry::restore_needs).sum();
         let budget = match (self.config.memory_budget, m.budget) {
             (0, node) => node,
             (own, 0) => own,

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use medes_core::{FunctionId, FunctionName, SandboxId, StartKind};
 use medes_policy::{DEDUP_FREES_PERCENT, Need, choose};
 
-use super::{Effect, Grant, Phase, Starting, Table, UNKNOWN_WARM_BYTES, Waiter};
+use super::{Effect, Entry, Grant, Phase, Starting, Table, UNKNOWN_WARM_BYTES, Version, Waiter};
 use crate::error::HandError;
 use crate::store::Deployed;
 
 /// Whether another sandbox may be started.
 #[derive(PartialEq, Eq)]
-enum Admission {
+pub(super) enum Admission {
     Granted,
     /// The function has as many as it may have.
     FunctionLimit,
@@ -30,13 +30,8 @@ impl Table {
         order.sort();
         // First everybody's own: else room would be made for one function out of a sandbox that
         // another one is waiting for.
-        let mut restoring = false;
         for (_, function) in &order {
-            restoring |= self.hand_out(now_ms, *function);
-        }
-        if restoring {
-            // A restore is never refused; what it needs is taken from idle sandboxes.
-            self.relieve(now_ms, 0);
+            self.hand_out(now_ms, *function);
         }
         for (_, function) in &order {
             // Who has waited longest for room on the node gets it first.
@@ -46,16 +41,15 @@ impl Table {
         }
     }
 
-    /// Gives a version's idle sandboxes to its waiting requests; true if one has to be restored.
-    fn hand_out(&mut self, now_ms: u64, function: FunctionId) -> bool {
-        let mut restoring = false;
+    /// Gives a version's idle sandboxes to its waiting requests, as far as nobody has to give way.
+    fn hand_out(&mut self, now_ms: u64, function: FunctionId) {
         loop {
-            let Some(version) = self.versions.get(&function) else { return restoring };
+            let Some(version) = self.versions.get(&function) else { return };
             if version.waiting.is_empty() {
-                return restoring;
+                return;
             }
             let missing = version.waiting.len() > self.supply(version);
-            let restorable = version.waiting.iter().any(|w| w.restore_allowed);
+            let restorable = version.wants_restore();
             let candidates = version.sandboxes.iter().filter_map(|id| {
                 let entry = self.sandboxes.get(id).filter(|e| !e.doomed)?;
                 let fits = match entry.phase {
@@ -66,43 +60,84 @@ impl Table {
                 };
                 if fits { entry.idle() } else { None }
             });
-            let Some(sandbox) = choose(candidates) else { return restoring };
-            restoring |= self.take(now_ms, function, sandbox);
+            let Some(sandbox) = choose(candidates) else { return };
+            let needed = self.sandboxes.get(&sandbox).map_or(0, Entry::restore_needs);
+            // A restore has its memory reserved: while it is under way, it counts as used. One that
+            // room has to be made for first takes its turn with the starts.
+            if needed > 0 && self.pressure().excess(needed) > 0 {
+                return;
+            }
+            self.take(now_ms, function, sandbox);
         }
     }
 
-    /// Starts a sandbox for each of a version's waiting requests that none is on its way to, as
-    /// far as that is allowed.
+    /// Whether a restore may begin: its memory is there, or is being freed already. If not,
+    /// whoever waits for it goes on waiting, for this or any other sandbox.
+    fn admit_restore(&mut self, now_ms: u64, sandbox: SandboxId) -> bool {
+        let needed = self.sandboxes.get(&sandbox).map_or(0, Entry::restore_needs);
+        self.relieve(now_ms, needed);
+        self.pressure().excess(needed) <= self.coming() || self.is_still()
+    }
+
+    /// Whether nothing is under way that could free memory in the end.
+    fn is_still(&self) -> bool {
+        self.versions.values().all(|v| v.starting.is_empty())
+            && self.sandboxes.values().all(|e| matches!(e.phase, Phase::Warm | Phase::Dedup))
+    }
+
+    /// A dedup sandbox for a version's waiting requests: a restore takes less than a start.
+    fn restorable(&self, version: &Version) -> Option<SandboxId> {
+        let fits = |e: &&Entry| e.phase == Phase::Dedup && !e.doomed;
+        let entries = version.sandboxes.iter().filter_map(|id| self.sandboxes.get(id));
+        version.wants_restore().then(|| choose(entries.filter(fits).filter_map(Entry::idle)))?
+    }
+
+    /// Restores or starts a sandbox for each of a version's waiting requests that none is on its
+    /// way to, as far as that is allowed.
     fn start_missing(&mut self, now_ms: u64, function: FunctionId) -> Admission {
         loop {
             let Some(version) = self.versions.get(&function) else { return Admission::Granted };
             if version.waiting.len() <= self.supply(version) {
                 return Admission::Granted;
             }
+            if let Some(sandbox) = self.restorable(version) {
+                if !self.admit_restore(now_ms, sandbox) {
+                    return Admission::NodeLimit;
+                }
+                self.take(now_ms, function, sandbox);
+                continue;
+            }
             match self.admit(now_ms, function) {
-                Admission::Granted => self.start(now_ms, function),
+                Admission::Granted => {
+                    if let Some(stats) = self.stats_of(function) {
+                        stats.missed(now_ms);
+                    }
+                    self.start(now_ms, function, None);
+                }
                 other => return other,
             }
         }
     }
 
-    /// Gives an idle sandbox to the first request that may have it, or asks for it; true if it
-    /// has to be restored.
-    fn take(&mut self, now_ms: u64, function: FunctionId, sandbox: SandboxId) -> bool {
-        let Some(version) = self.versions.get_mut(&function) else { return false };
-        let Some(entry) = self.sandboxes.get_mut(&sandbox) else { return false };
+    /// Gives an idle sandbox to the first request that may have it, or asks for it.
+    fn take(&mut self, now_ms: u64, function: FunctionId, sandbox: SandboxId) {
+        let Some(version) = self.versions.get_mut(&function) else { return };
+        let Some(entry) = self.sandboxes.get_mut(&sandbox) else { return };
         let deployed = version.deployed.clone();
+        let gap_ms = now_ms.saturating_sub(entry.last_used_ms);
+        let mut taken = false;
         match entry.phase {
             Phase::Deduping => {
                 entry.claimed = true;
                 self.effects.push(Effect::CancelDedup(sandbox));
             }
             Phase::Warm => {
-                let Some(waiter) = version.waiting.pop_front() else { return false };
+                let Some(waiter) = version.waiting.pop_front() else { return };
                 let grant =
                     Grant::Ready { sandbox, deployed, start: StartKind::Warm, startup_us: 0 };
                 if waiter.grant.send(grant).is_ok() {
                     entry.enter(Phase::Running, now_ms);
+                    taken = true;
                 }
             }
             Phase::Dedup => {
@@ -112,19 +147,22 @@ impl Table {
                 if waiter.is_some_and(|w| w.grant.send(grant).is_ok()) {
                     entry.enter(Phase::Restoring, now_ms);
                     entry.for_request = true;
-                    return true;
+                    taken = true;
                 }
             }
             Phase::Running | Phase::Restoring | Phase::Leaving => {}
         }
-        false
+        if taken && let Some(stats) = self.stats_of(function) {
+            stats.reused(gap_ms);
+        }
     }
 
-    fn start(&mut self, now_ms: u64, function: FunctionId) {
+    /// Starts a sandbox; `ahead` as in [`Starting`].
+    pub(super) fn start(&mut self, now_ms: u64, function: FunctionId, ahead: Option<u64>) {
         let ticket = self.number();
         let expected_bytes = self.expected_bytes(function);
         let Some(version) = self.versions.get_mut(&function) else { return };
-        version.starting.push(Starting { ticket, since_ms: now_ms, expected_bytes });
+        version.starting.push(Starting { ticket, since_ms: now_ms, expected_bytes, ahead });
         self.effects.push(Effect::Start { deployed: version.deployed.clone(), ticket });
     }
 
@@ -154,11 +192,11 @@ impl Table {
         let ticket = self.number();
         let expected_bytes = self.expected_bytes(function);
         let version = self.versions.get_mut(&function).ok_or_else(|| refused("it is gone"))?;
-        version.starting.push(Starting { ticket, since_ms: now_ms, expected_bytes });
+        version.starting.push(Starting { ticket, since_ms: now_ms, expected_bytes, ahead: None });
         Ok((version.deployed.clone(), ticket))
     }
 
-    fn admit(&mut self, now_ms: u64, function: FunctionId) -> Admission {
+    pub(super) fn admit(&mut self, now_ms: u64, function: FunctionId) -> Admission {
         let Some(version) = self.versions.get(&function) else { return Admission::FunctionLimit };
         let within = |limit: u32, count: usize| limit == 0 || count < limit as usize;
         let own = match version.deployed.spec.max_sandboxes {
@@ -186,7 +224,7 @@ impl Table {
         Admission::Granted
     }
 
-    fn expected_bytes(&self, function: FunctionId) -> u64 {
+    pub(super) fn expected_bytes(&self, function: FunctionId) -> u64 {
         let Some(version) = self.versions.get(&function) else { return 0 };
         let spec = &version.deployed.spec;
         self.stats
@@ -201,17 +239,28 @@ impl Table {
         if excess == 0 {
             return;
         }
-        let coming: u64 = self
-            .sandboxes
-            .values()
-            .map(|e| match e.phase {
-                Phase::Leaving => e.memory,
-                Phase::Deduping if !e.claimed => e.memory * DEDUP_FREES_PERCENT / 100,
-                _ => 0,
-            })
-            .sum();
+        let coming = self.coming();
         if excess > coming {
             self.evict(now_ms, Need::Bytes(excess - coming));
+        }
+    }
+
+    /// What is being freed already, bytes.
+    fn coming(&self) -> u64 {
+        let frees = |e: &Entry| match e.phase {
+            Phase::Leaving => e.memory,
+            Phase::Deduping if !e.claimed => e.memory * DEDUP_FREES_PERCENT / 100,
+            _ => 0,
+        };
+        self.sandboxes.values().map(frees).sum()
+    }
+
+    /// Has a policy that deduplicates do so before the memory is needed, so that a request in need
+    /// of a sandbox does not have to wait for a dedup operation.
+    pub(super) fn keep_headroom(&mut self, now_ms: u64) {
+        if self.policy.dedups() && self.dedups < self.config.max_dedups.max(1) {
+            let percent = u64::from(self.settings.headroom_percent);
+            self.relieve(now_ms, self.pressure().budget / 100 * percent);
         }
     }
 }

@@ -2,5 +2,6 @@
 
 mod functions;
 mod lifecycle;
+mod policy;
 mod requests;
 mod simulation;
