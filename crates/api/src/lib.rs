@@ -15,6 +15,7 @@ mod error;
 mod lambda;
 mod native;
 mod origin;
+mod policy;
 
 use std::time::Duration;
 

@@ -18,6 +18,7 @@ use medes_controller::{
 };
 use medes_core::{FunctionName, InvocationResult, Layout, SandboxId, Tenant};
 use medes_node::NodeApi;
+use medes_policy::FunctionSettings;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -50,6 +51,8 @@ pub(crate) fn routes<N: NodeApi>() -> Router<Controller<N>> {
         .route("/v1/functions/{name}/dedup", post(dedup_function::<N>))
         .route("/v1/functions/{name}/restore", post(restore_function::<N>))
         .route("/v1/functions/{name}/purge", post(purge_function::<N>))
+        .route("/v1/functions/{name}/policy", crate::policy::of_one::<N>())
+        .route("/v1/policy", crate::policy::of_all::<N>())
         .route("/v1/tenants", get(tenants::<N>))
         .route("/v1/sandboxes", get(sandboxes::<N>))
         .route("/v1/sandboxes/{id}", axum::routing::delete(purge::<N>))
@@ -61,9 +64,10 @@ pub(crate) fn routes<N: NodeApi>() -> Router<Controller<N>> {
 pub(crate) fn no_such_route(method: &Method, path: &str) -> Response {
     let message = format!(
         "there is no {method} {path}; there are GET /v1/health, /v1/info, /v1/functions, \
-         /v1/functions/NAME/logs and /v1/sandboxes, GET, PUT and DELETE /v1/functions/NAME, POST \
-         /v1/functions/NAME/invoke, start, dedup, restore and purge, POST /v1/sandboxes/ID/dedup and \
-         restore, DELETE /v1/sandboxes/ID, POST /v1/shutdown, and AWS Lambda's operations below \
+         /v1/functions/NAME/logs, /v1/tenants and /v1/sandboxes, GET, PUT and DELETE /v1/policy \
+         and /v1/functions/NAME/policy, GET, PUT and DELETE /v1/functions/NAME, POST \
+         /v1/functions/NAME/invoke, start, dedup, restore and purge, POST /v1/sandboxes/ID/dedup \
+         and restore, DELETE /v1/sandboxes/ID, POST /v1/shutdown, and AWS Lambda's operations below \
          /2015-03-31/functions"
     );
     ApiError::new(StatusCode::NOT_FOUND, "NoSuchRoute", message).into_response()
@@ -126,6 +130,7 @@ struct DeployBody {
     tenant: Tenant,
     #[serde(default)]
     description: String,
+    policy: Option<serde_json::Map<String, Value>>,
 }
 
 #[derive(Deserialize)]
@@ -166,6 +171,8 @@ async fn deploy<N: NodeApi>(
     deploy.layout = body.layout;
     deploy.tenant = body.tenant;
     deploy.description = body.description;
+    let own = |change| crate::policy::changed(&FunctionSettings::default(), change);
+    deploy.settings = body.policy.map(own).transpose()?;
     controller.deploy(deploy, DeployMode::Replace).await?;
     let view = controller.function(&name).ok_or(HandError::NoSuchFunction(name))?;
     Ok(Json(view).into_response())
@@ -369,7 +376,7 @@ fn query_of<T>(query: QueryOf<T>) -> Result<T, ApiError> {
     query.map(|Query(query)| query).map_err(|e| ApiError::bad_request(e.body_text()))
 }
 
-fn function_name(text: &str) -> Result<FunctionName, ApiError> {
+pub(crate) fn function_name(text: &str) -> Result<FunctionName, ApiError> {
     text.parse().map_err(ApiError::bad_request)
 }
 
@@ -388,7 +395,10 @@ async fn body(request: Request, limit: usize) -> Result<Bytes, ApiError> {
     })
 }
 
-async fn json_body<T: DeserializeOwned>(request: Request, limit: usize) -> Result<T, ApiError> {
+pub(crate) async fn json_body<T: DeserializeOwned>(
+    request: Request,
+    limit: usize,
+) -> Result<T, ApiError> {
     let bytes = body(request, limit).await?;
     serde_json::from_slice(&bytes).map_err(|e| ApiError::bad_request(format!("the body: {e}")))
 }

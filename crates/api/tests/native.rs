@@ -178,3 +178,67 @@ fn a_log_is_followed_until_the_platform_ends() {
     door.close();
     assert_eq!(lines.last().as_deref(), Some(""), "the stream is complete");
 }
+
+#[test]
+fn the_policy_is_shown_changed_and_explained() {
+    let door = Door::open(|_| {});
+    door.json("PUT", "/v1/functions/f", &deployment());
+    let view = door.get("/v1/policy").json();
+    assert_eq!(
+        (&view["policy"]["name"], &view["origin"]),
+        (&json!("periods"), &json!("configuration"))
+    );
+    assert_eq!(view["functions"], json!([]));
+
+    // What is not named stays as it is.
+    let view = door.json("PUT", "/v1/policy", &json!({ "name": "latency", "alpha": 4 })).json();
+    assert_eq!(
+        (&view["policy"]["alpha"], &view["policy"]["idle_ms"]),
+        (&json!(4.0), &json!(60_000))
+    );
+    assert_eq!((&view["origin"], &view["configured"]["name"]), (&json!("live"), &json!("periods")));
+    assert_eq!(door.get("/v1/info").json()["config"]["policy"], view["policy"]);
+    for (bad, part) in [
+        (json!({ "alpah": 2 }), "there are alpha, "),
+        (json!({ "alpha": 0.5 }), "alpha: 1 or more"),
+        (json!({ "name": "lru" }), "greedy-dual"),
+        (json!({ "idle_ms": -1 }), "-1"),
+        (json!([]), "the body"),
+    ] {
+        let r = door.json("PUT", "/v1/policy", &bad);
+        let text = r.json()["error"]["message"].as_str().unwrap().to_owned();
+        assert!(r.status == 400 && text.contains(part), "{bad}: {text}");
+    }
+
+    let own = json!({ "idle_ms": 5_000, "priority": 3 });
+    let r = door.json("PUT", "/v1/functions/f/policy", &own);
+    assert_eq!(r.json()["settings"]["priority"], 3.0);
+    let r = door.json("PUT", "/v1/functions/f/policy", &json!({ "priority": null, "alpha": 9 }));
+    assert_eq!(r.json()["settings"]["idle_ms"], 5_000);
+    assert_eq!(door.get("/v1/policy").json()["functions"][0]["settings"]["priority"], Value::Null);
+
+    let e = door.get("/v1/functions/f/policy").json();
+    assert_eq!((&e["model"], &e["population"]["warm"]), (&Value::Null, &json!(0)));
+    for _ in 0..10 {
+        door.post("/v1/functions/f/invoke", "1");
+    }
+    let e = door.get("/v1/functions/f/policy").json();
+    assert!(e["model"]["warm_bytes"].as_f64().unwrap() > 1e7, "{e}");
+    assert_eq!((&e["keep"]["warm_ms"], &e["settings"]["alpha"]), (&json!(5_000), &json!(9.0)));
+    assert_eq!(e["targets"].as_array().unwrap().len(), 6);
+
+    // With the function deployed anew, what was set stays; a deployment may bring its own.
+    door.json("PUT", "/v1/functions/f", &deployment());
+    assert_eq!(door.get("/v1/functions/f").json()["policy"]["alpha"], 9.0);
+    let mut other = deployment();
+    other["policy"] = json!({ "alpha": 2 });
+    assert_eq!(door.json("PUT", "/v1/functions/f", &other).json()["policy"]["alpha"], 2.0);
+    other["policy"] = json!({ "alpha": 0 });
+    assert_eq!(door.json("PUT", "/v1/functions/f", &other).status, 400);
+
+    assert_eq!(door.send("DELETE", "/v1/functions/f/policy", &[], b"").status, 200);
+    assert_eq!(door.send("DELETE", "/v1/policy", &[], b"").json()["policy"]["name"], "periods");
+    assert_eq!(door.get("/v1/policy").json()["functions"], json!([]));
+    assert_eq!(door.get("/v1/functions/nobody/policy").status, 404);
+    door.close();
+}

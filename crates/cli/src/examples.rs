@@ -66,5 +66,6 @@ pub fn deployment(manifest: &Manifest, example: &Example, source: &Source) -> Re
         layout: Layout::Function,
         tenant: Tenant::default(),
         description: example.description.clone(),
+        policy: serde_json::Map::new(),
     })
 }

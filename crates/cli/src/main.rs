@@ -58,6 +58,7 @@ enum Command {
     Restore(Target),
     /// End sandboxes now; a running one only if it is named.
     Purge(Target),
+    Policy(commands::policy::PolicyCommand),
     Runtime(commands::runtime::RuntimeCommand),
     Doctor(doctor::DoctorCommand),
     Demo(demo::DemoCommand),
@@ -111,6 +112,7 @@ fn run(command: Command, global: &Global) -> Outcome {
         Command::Dedup(c) => c.run(global),
         Command::Restore(t) => t.run(global, Operation::Restore),
         Command::Purge(t) => t.run(global, Operation::Purge),
+        Command::Policy(c) => c.run(global),
         Command::Runtime(c) => c.run(global),
         Command::Doctor(c) => c.run(global),
         Command::Demo(c) => c.run(),

@@ -10,8 +10,9 @@ use base64::engine::general_purpose::STANDARD;
 use clap::Args;
 use medes_core::{FunctionName, Layout, Tenant};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
+use super::policy::SettingFlags;
 use super::{Global, function_name};
 use crate::failure::{Failure, Outcome};
 use crate::output::Format;
@@ -55,6 +56,8 @@ pub struct DeployCommand {
     /// A description.
     #[arg(long, default_value = "")]
     description: String,
+    #[command(flatten, next_help_heading = "Policy for this function alone")]
+    policy: SettingFlags,
     #[command(flatten)]
     format: Format,
 }
@@ -84,6 +87,9 @@ pub struct Deploy {
     pub tenant: Tenant,
     /// A description.
     pub description: String,
+    /// What holds of the policy for this function alone; what was set before if empty.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub policy: Map<String, Value>,
 }
 
 /// Where a function's code is.
@@ -123,6 +129,7 @@ impl DeployCommand {
             layout: self.layout,
             tenant: self.tenant,
             description: self.description,
+            policy: self.policy.given(),
         };
         let view: Value = client.put(&format!("/v1/functions/{}", self.name), &deploy)?;
         self.format.print(&view, || {

@@ -7,6 +7,7 @@ pub mod deploy;
 pub mod functions;
 pub mod invoke;
 pub mod logs;
+pub mod policy;
 pub mod ps;
 pub mod replay;
 pub mod report;

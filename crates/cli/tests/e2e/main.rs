@@ -3,6 +3,7 @@
 
 mod client;
 mod platform;
+mod policy;
 mod remains;
 
 mod bad_input;
