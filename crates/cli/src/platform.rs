@@ -26,6 +26,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// A running private platform. Dropping it ends the platform and removes its directory.
 pub struct Platform {
     child: Child,
+    cgroup: String,
     directory: Option<TempDir>,
     log: PathBuf,
     client: Client,
@@ -72,7 +73,8 @@ impl Platform {
         config.api.listen = listen;
         config.node.data_dir = data_dir;
         config.node.run_dir = directory.path().join("run");
-        config.node.cgroup = format!("medes-{}-{number}", settings.name);
+        let cgroup = format!("medes-{}-{number}", settings.name);
+        config.node.cgroup.clone_from(&cgroup);
         // Ids of its own, in a range that no distribution gives to people or containers.
         config.node.uid_base = 1_000_000_000 + number % 16_384 * 65_536;
         (settings.change)(&mut config);
@@ -90,7 +92,7 @@ impl Platform {
         signals.platform.store(pid(&child).as_raw(), Ordering::SeqCst);
         let client = Client::new(&format!("http://{listen}"))?;
         let mut platform =
-            Self { child, directory: Some(directory), log, client, signals, status: None };
+            Self { child, cgroup, directory: Some(directory), log, client, signals, status: None };
         platform.wait_until_healthy()?;
         Ok(platform)
     }
@@ -109,6 +111,11 @@ impl Platform {
         let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let keeper = text.trim().parse().with_context(|| path.display().to_string())?;
         Ok([pid(&self.child), Pid::from_raw(keeper)])
+    }
+
+    /// The name of its cgroups.
+    pub fn cgroup(&self) -> &str {
+        &self.cgroup
     }
 
     /// Its directory.

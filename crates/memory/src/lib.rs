@@ -29,6 +29,7 @@ pub mod descriptor;
 pub mod drop;
 pub mod features;
 pub mod guard;
+pub mod leave;
 pub mod mappings;
 pub mod obstacle;
 pub mod pages;

@@ -278,6 +278,7 @@ impl Crowd<'_> {
             self.bench.client.post::<serde_json::Value>(&restore)?;
             self.answer(sandbox, StartKind::Warm)?;
             self.samples.answer.push(start.elapsed().as_secs_f64() * 1e3);
+            self.bench.pause();
             self.dedup(sandbox)?;
         }
         Ok(())
@@ -292,22 +293,17 @@ impl Crowd<'_> {
             self.line.answered(1);
             ensure!(answer.start == Some(StartKind::Dedup), "not a dedup start");
             self.samples.request.push(ms);
+            self.bench.pause();
             self.dedup(answer.sandbox.context("the answer names no sandbox")?)?;
         }
         Ok(())
     }
 
     fn start(&mut self) -> Result<SandboxId> {
-        #[derive(Deserialize)]
-        struct Started {
-            sandbox: String,
-        }
-        self.bench.go_on()?;
         let begin = Instant::now();
-        let path = format!("/v1/functions/{}/start", self.function.name);
-        let started: Started = self.bench.client.post(&path)?;
+        let sandbox = self.bench.start_sandbox(self.function)?;
         self.samples.start.push(begin.elapsed().as_secs_f64() * 1e3);
-        Ok(started.sandbox.parse()?)
+        Ok(sandbox)
     }
 
     /// Has the only warm sandbox, which has to be `sandbox`, answer a request.

@@ -4,6 +4,7 @@
 pub mod density;
 mod host;
 pub mod lifecycle;
+pub mod peers;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -25,6 +26,7 @@ use crate::output::print;
 use crate::platform::{Platform, Settings};
 use crate::progress::View;
 use crate::units::Period;
+use crate::wire::{SandboxView, Sandboxes};
 
 /// How long a sandbox is left alone after a request before anything is done to it: its runtime
 /// tidies its heap 0.1 s after the last one, and memory that was away comes back in that time.
@@ -180,6 +182,30 @@ impl Bench {
         let (answer, ms) = call(&self.client, &function.name, case)?;
         checked.check(case, &answer);
         Ok((answer, ms))
+    }
+
+    /// Starts a sandbox ahead of any request.
+    ///
+    /// # Errors
+    /// If it can't be started.
+    pub fn start_sandbox(&self, function: &Example) -> Result<SandboxId> {
+        #[derive(Deserialize)]
+        struct Started {
+            sandbox: String,
+        }
+        self.go_on()?;
+        let path = format!("/v1/functions/{}/start", function.name);
+        Ok(self.client.post::<Started>(&path)?.sandbox.parse()?)
+    }
+
+    /// The sandboxes of a function.
+    ///
+    /// # Errors
+    /// If the platform does not answer.
+    pub fn sandboxes(&self, function: &Example) -> Result<Vec<SandboxView>> {
+        let mut list = self.client.get::<Sandboxes>("/v1/sandboxes")?.sandboxes;
+        list.retain(|s| s.function == function.name);
+        Ok(list)
     }
 
     /// Ends all sandboxes of a function.

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::bench::density::DensityCommand;
 use crate::bench::lifecycle::LifecycleCommand;
+use crate::bench::peers::PeersCommand;
 use crate::examples::SourceArgs;
 use crate::failure::{Failure, Outcome};
 use crate::output::{print, table};
@@ -31,6 +32,7 @@ enum What {
     Savings(SavingsCommand),
     Lifecycle(LifecycleCommand),
     Density(DensityCommand),
+    Peers(PeersCommand),
 }
 
 /// How fast the engine's parts are on one core, over the memory of real functions.
@@ -115,6 +117,7 @@ impl BenchCommand {
             }
             What::Lifecycle(c) => return c.run(),
             What::Density(c) => return c.run(),
+            What::Peers(c) => return c.run(),
         }
         Ok(())
     }

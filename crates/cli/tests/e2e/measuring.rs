@@ -64,3 +64,32 @@ fn a_density_is_measured() {
     }
     assert_eq!((&of["answer_ms"]["samples"], &of["request_ms"]["samples"]), (&3.into(), &3.into()));
 }
+
+#[test]
+fn ways_to_keep_sandboxes_are_compared() {
+    // Those that change no setting of the host.
+    let document = bench(&[
+        "peers",
+        "--functions",
+        "vanilla",
+        "--sandboxes",
+        "2",
+        "--cycles",
+        "2",
+        "--peers",
+        "warm,medes,criu",
+    ]);
+    let of = function(&document);
+    let peers = of["peers"].as_array().unwrap();
+    let find = |name: &str| peers.iter().find(|p| p["peer"] == name).unwrap();
+    assert_eq!(peers.len(), 3);
+    for name in ["warm", "medes"] {
+        assert_eq!(
+            (&find(name)["available"], &find(name)["request_ms"]["samples"]),
+            (&true.into(), &2.into())
+        );
+    }
+    assert!(find("medes")["kept_bytes"].as_u64() < find("warm")["kept_bytes"].as_u64());
+    assert_eq!(find("criu")["available"], false);
+    assert!(find("criu")["reason"].as_str().is_some_and(|reason| reason.contains("criu")));
+}

@@ -7,6 +7,7 @@ mod cycle;
 mod deaths;
 mod harness;
 mod lazy;
+mod leave;
 mod obstacles;
 mod scanning;
 mod syscalls;
