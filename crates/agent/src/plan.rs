@@ -125,6 +125,16 @@ impl Plan {
         mappings.flat_map(|m| &m.runs).map(|r| u64::from(r.pages)).sum()
     }
 
+    /// For each process, what was written to where an earlier image is known.
+    #[must_use]
+    pub fn written(&self) -> Vec<Vec<Range<u64>>> {
+        let of_process = |process: &ProcessPlan| {
+            let known = process.mappings.iter().filter(|m| !m.reused.is_empty());
+            known.flat_map(|m| m.runs.iter().map(PageRun::range)).collect()
+        };
+        self.processes.iter().map(of_process).collect()
+    }
+
     /// Address space that an earlier image still speaks for, bytes.
     #[must_use]
     pub fn reused_bytes(&self) -> u64 {

@@ -20,6 +20,7 @@ use medes_store::{Extent, View};
 use crate::error::{ESRCH, RestoreError};
 use crate::index::{ImageIndex, Piece};
 use crate::view::{AddressView, Belongs, SpaceView};
+use crate::working_set::{Prefetch, PrefetchRange};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -79,15 +80,14 @@ impl HeldImage {
     }
 
     /// Puts back what must be there before the sandbox runs: pages of private file mappings, and
-    /// of the rest those in `working_set`, which lists ranges of addresses per process, in the
-    /// image's order. The sandbox must be frozen. It may be thawed if this succeeds, as long as
+    /// of the rest those in `working_set`. The sandbox must be frozen. It may be thawed if this succeeds, as long as
     /// the answer's address spaces are served; it must be killed if not.
     ///
     /// # Errors
     /// [`RestoreError`].
     pub fn revive(
         self,
-        working_set: &[Vec<Range<u64>>],
+        working_set: &Prefetch,
         buffers: &mut RestoreBuffers,
     ) -> Result<Revived, RestoreError> {
         let index = Arc::new(ImageIndex::open(self.view, self.image)?);
@@ -111,10 +111,10 @@ impl HeldImage {
             }
             pages += write_file_pages(&index, process, buffers)?;
             let space = AddressSpace::new(&index, process, false, userfault, view);
-            if let Some(ranges) = working_set.get(process) {
-                for range in ranges {
-                    pages += space.put_back(range.clone(), buffers)?;
-                }
+            let ranges = working_set.ranges.get(process).map_or(&[][..], Vec::as_slice);
+            for PrefetchRange { range, written } in ranges {
+                let watch = if *written { Watch::No } else { Watch::Yes };
+                pages += space.put_back(range.clone(), watch, buffers)?;
             }
             spaces.push(Arc::new(space));
         }
@@ -346,20 +346,17 @@ impl AddressSpace {
         }
     }
 
-    /// Puts the pages of a range back, those that are not there yet; writes to them will not be
-    /// told from others. Returns how many there were.
-    ///
-    /// # Errors
-    /// As [`AddressSpace::serve`].
-    pub fn put_back(
+    /// Puts the pages of a range back, those that are not there yet. Returns how many there were.
+    fn put_back(
         &self,
         range: Range<u64>,
+        watch: Watch,
         buffers: &mut RestoreBuffers,
     ) -> Result<u64, RestoreError> {
         let mut state = self.lock();
         let mut pages = 0;
         for part in state.view.parts(range) {
-            pages += self.put_back_locked(&mut state, part, Watch::No, buffers)?;
+            pages += self.put_back_locked(&mut state, part, watch, buffers)?;
         }
         Ok(pages)
     }

@@ -22,16 +22,35 @@ const TRIALS: u8 = 2;
 /// The working set of one function (or of one sandbox, if its addresses are its own).
 #[derive(Clone, Debug, Default)]
 pub struct WorkingSet {
-    /// Per process of the image: pages by address, with the trials they failed in a row.
-    processes: Vec<BTreeMap<u64, u8>>,
+    /// Per process of the image: pages by address.
+    processes: Vec<BTreeMap<u64, Member>>,
     restores: u64,
+}
+
+/// What is known of a page of the working set.
+#[derive(Clone, Copy, Debug, Default)]
+struct Member {
+    /// The trials it failed in a row.
+    failed: u8,
+    /// Whether requests write to it.
+    written: bool,
+}
+
+/// Pages that are put back beforehand.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PrefetchRange {
+    /// Their addresses.
+    pub range: Range<u64>,
+    /// Whether requests write to them: watching for it then costs each of them a fault, and the
+    /// answer is known.
+    pub written: bool,
 }
 
 /// What one restore puts back beforehand, and which trial it makes.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Prefetch {
     /// Ranges of addresses per process, in order.
-    pub ranges: Vec<Vec<Range<u64>>>,
+    pub ranges: Vec<Vec<PrefetchRange>>,
     trial: u64,
 }
 
@@ -48,12 +67,15 @@ impl WorkingSet {
     pub fn prefetch(&mut self) -> Prefetch {
         let trial = self.restores % SHARE;
         self.restores += 1;
-        let ranges = |pages: &BTreeMap<u64, u8>| {
-            let mut ranges: Vec<Range<u64>> = Vec::new();
-            for page in pages.keys().filter(|page| share(**page) != trial) {
+        let ranges = |pages: &BTreeMap<u64, Member>| {
+            let mut ranges: Vec<PrefetchRange> = Vec::new();
+            for (page, member) in pages.iter().filter(|(page, _)| share(**page) != trial) {
+                let written = member.written;
                 match ranges.last_mut() {
-                    Some(last) if last.end == *page => last.end += PAGE,
-                    _ => ranges.push(*page..page + PAGE),
+                    Some(last) if last.range.end == *page && last.written == written => {
+                        last.range.end += PAGE;
+                    }
+                    _ => ranges.push(PrefetchRange { range: *page..page + PAGE, written }),
                 }
             }
             ranges
@@ -67,7 +89,14 @@ impl WorkingSet {
             self.processes.resize_with(process + 1, BTreeMap::new);
         }
         for address in addresses {
-            self.processes[process].insert(address & !(PAGE - 1), 0);
+            self.processes[process].entry(address & !(PAGE - 1)).or_default().failed = 0;
+        }
+    }
+
+    /// Pages of a process that were written to since a restore.
+    pub fn written(&mut self, process: usize, range: Range<u64>) {
+        if let Some(pages) = self.processes.get_mut(process) {
+            pages.range_mut(range).for_each(|(_, member)| member.written = true);
         }
     }
 
@@ -77,11 +106,11 @@ impl WorkingSet {
         for (process, pages) in self.processes.iter_mut().enumerate() {
             let of_process = touched.get(process).map_or(&[][..], Vec::as_slice);
             let of_process: HashSet<u64> = of_process.iter().map(|a| a & !(PAGE - 1)).collect();
-            pages.retain(|page, failed| {
+            pages.retain(|page, member| {
                 if share(*page) == prefetch.trial && !of_process.contains(page) {
-                    *failed += 1;
+                    member.failed += 1;
                 }
-                *failed < TRIALS
+                member.failed < TRIALS
             });
         }
     }
@@ -105,7 +134,8 @@ mod tests {
 
     fn restore(set: &mut WorkingSet, needs: &[u64]) -> usize {
         let prefetch = set.prefetch();
-        let there = |address: u64| prefetch.ranges.iter().flatten().any(|r| r.contains(&address));
+        let there =
+            |address: u64| prefetch.ranges.iter().flatten().any(|r| r.range.contains(&address));
         let faults: Vec<u64> = needs.iter().copied().filter(|a| !there(*a)).collect();
         set.touched(0, &faults);
         set.conclude(&prefetch, std::slice::from_ref(&faults));
@@ -130,13 +160,28 @@ mod tests {
     }
 
     #[test]
+    fn written_pages_are_told_from_others() {
+        let mut set = WorkingSet::default();
+        let addresses: Vec<u64> = (0..64).map(|n| 0x40_0000 + n * PAGE).collect();
+        set.touched(0, &addresses);
+        set.written(0, 0x40_0000 + 10 * PAGE..0x40_0000 + 12 * PAGE);
+        set.written(3, 0..PAGE);
+        let ranges = set.prefetch().ranges;
+        let written: Vec<_> = ranges[0].iter().filter(|r| r.written).collect();
+        assert!((1..=2).contains(&written.len()) && written[0].range.start >= 0x40_a000);
+        // Touched once more it is still what it was.
+        set.touched(0, &addresses);
+        assert!(set.prefetch().ranges[0].iter().any(|r| r.written));
+    }
+
+    #[test]
     fn neighbouring_pages_are_one_range() {
         let mut set = WorkingSet::default();
         let addresses: Vec<u64> = (0..64).map(|n| 0x40_0000 + n * PAGE_SIZE as u64).collect();
         set.touched(1, &addresses);
         let ranges = set.prefetch().ranges;
         assert!(ranges[0].is_empty());
-        let covered: u64 = ranges[1].iter().map(|r| r.end - r.start).sum();
+        let covered: u64 = ranges[1].iter().map(|r| r.range.end - r.range.start).sum();
         assert!(covered >= 60 * PAGE && ranges[1].len() <= 5, "{ranges:x?}");
     }
 }

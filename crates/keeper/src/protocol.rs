@@ -13,6 +13,7 @@ use medes_store::Extent;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -70,6 +71,8 @@ pub enum Command {
         image: Extent,
         /// For each process of the image, in order: the daemon's descriptor of the userfaultfd.
         userfaults: Vec<i32>,
+        /// For each process, what was written to since the restore before, if there was one.
+        written: Vec<Vec<Range<u64>>>,
     },
     /// Let go of it: the memory has not been dropped after all.
     Release {

@@ -181,6 +181,13 @@ impl Service {
         result
     }
 
+    /// Forgets children that have ended since they were forked: nobody says so.
+    pub(crate) fn tidy(&self, memory: &Returning) {
+        if lock(&memory.spaces).len() > memory.processes {
+            self.shared.forget_ended_children(memory);
+        }
+    }
+
     /// Serves a suspended sandbox on.
     pub(crate) fn resume(&self, memory: &Arc<Returning>) -> io::Result<()> {
         memory.stopped.store(false, Ordering::Release);

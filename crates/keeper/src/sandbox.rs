@@ -1,6 +1,7 @@
 //! One sandbox as the keeper holds it.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -214,6 +215,7 @@ impl Held {
         drop(sets);
         let (faults, pages) = memory.counts();
         tracing::debug!(sandbox = %self.id, faults, pages, "memory back so far, after a request");
+        self.common.service.tidy(memory);
         if memory.take_fill_order() {
             self.fill(memory);
         }
@@ -313,8 +315,9 @@ impl Held {
         limited.unwrap_or_else(|_| Err("the sandbox is not waiting for a request".into()))
     }
 
-    /// Takes what brings the sandbox's memory back.
-    pub(crate) fn hold(&self, image: HeldImage) -> Result<(), String> {
+    /// Takes what brings the sandbox's memory back. `written` is, for each of its processes, what
+    /// requests have written to since the restore before.
+    pub(crate) fn hold(&self, image: HeldImage, written: &[Vec<Range<u64>>]) -> Result<(), String> {
         let mut state = self.lock();
         if state.ended.is_some() {
             return Err("the sandbox has ended".into());
@@ -331,6 +334,12 @@ impl Held {
             }
         };
         state.memory = Memory::Held(image, before);
+        drop(state);
+        let mut sets = lock(&self.common.working_sets);
+        let set = sets.entry(self.working_set).or_default();
+        for (process, ranges) in written.iter().enumerate() {
+            ranges.iter().for_each(|range| set.written(process, range.clone()));
+        }
         Ok(())
     }
 
@@ -418,7 +427,7 @@ impl Held {
     ) -> Result<(Arc<Returning>, Restored), String> {
         let prefetch =
             lock(&self.common.working_sets).entry(self.working_set).or_default().prefetch();
-        let revived = image.revive(&prefetch.ranges, buffers).map_err(|e| e.to_string())?;
+        let revived = image.revive(&prefetch, buffers).map_err(|e| e.to_string())?;
         let pages = revived.pages;
         let (id, cgroup) = (self.id, self.running.cgroup().clone());
         let kill = move |why: &str| {

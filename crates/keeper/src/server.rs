@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -196,8 +197,8 @@ impl Shared {
                 Ok(held) => done(held.idle().await),
                 Err(why) => Reply::Refused(why),
             },
-            Command::Hold { sandbox, image, userfaults } => {
-                done(self.hold(sandbox, image, &userfaults))
+            Command::Hold { sandbox, image, userfaults, written } => {
+                done(self.hold(sandbox, image, &userfaults, &written))
             }
             Command::Release { sandbox } => done(self.find(sandbox).map(|held| held.release())),
             Command::Restore { sandbox, fill } => {
@@ -270,7 +271,13 @@ impl Shared {
         started.await.unwrap_or_else(|_| Started::Failed("the sandbox is gone".into()))
     }
 
-    fn hold(&self, sandbox: SandboxId, image: Extent, userfaults: &[i32]) -> Result<(), String> {
+    fn hold(
+        &self,
+        sandbox: SandboxId,
+        image: Extent,
+        userfaults: &[i32],
+        written: &[Vec<Range<u64>>],
+    ) -> Result<(), String> {
         let held = self.find(sandbox)?;
         let store = lock(&self.store).clone().ok_or("no page store: say hello first")?;
         let userfaults: Result<Vec<_>, _> =
@@ -278,7 +285,7 @@ impl Shared {
         let userfaults = userfaults.map_err(|e| format!("taking a userfaultfd: {e}"))?;
         let image =
             HeldImage::open(store.view, image, userfaults).map_err(|error| error.to_string())?;
-        held.hold(image)
+        held.hold(image, written)
     }
 
     /// Runs `work` where it may block, with buffers that earlier work has used, if there are any.

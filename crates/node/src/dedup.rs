@@ -1,6 +1,7 @@
 //! The dedup operation on a sandbox of this node.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -229,11 +230,17 @@ impl KeeperHolds<'_> {
 }
 
 impl Holder for KeeperHolds<'_> {
-    fn hold(&self, image: &ImageHandle, userfaults: &[BorrowedFd<'_>]) -> Result<(), String> {
+    fn hold(
+        &self,
+        image: &ImageHandle,
+        userfaults: &[BorrowedFd<'_>],
+        written: &[Vec<Range<u64>>],
+    ) -> Result<(), String> {
         self.order(Command::Hold {
             sandbox: self.sandbox,
             image: image.extent(),
             userfaults: userfaults.iter().map(AsRawFd::as_raw_fd).collect(),
+            written: written.to_vec(),
         })
     }
 

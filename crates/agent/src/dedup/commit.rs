@@ -143,7 +143,10 @@ impl Operation<'_> {
             standing.userfaults.iter().map(AsFd::as_fd).collect();
         let held = self
             .verify(&session, plan, registered, read)
-            .and_then(|()| Ok(holder.hold(image, &descriptors).map_err(Hindrance::Holder)?))
+            .and_then(|()| {
+                let held = holder.hold(image, &descriptors, &plan.written());
+                Ok(held.map_err(Hindrance::Holder)?)
+            })
             .and_then(|()| self.check_cancelled().inspect_err(|_| holder.release()));
         if let Err(error) = held {
             let ended = session.resume();

@@ -22,6 +22,7 @@ mod encoding;
 mod standing;
 mod table;
 
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
@@ -70,11 +71,17 @@ pub struct Options {
 /// Who takes hold of a sandbox's image and userfaultfds before its pages are dropped, and outlives
 /// this operation: the keeper.
 pub trait Holder: Sync {
-    /// Takes hold.
+    /// Takes hold. `written` says, for each process, what was written to since the restore before,
+    /// if there was one.
     ///
     /// # Errors
     /// Why not; nothing is dropped then.
-    fn hold(&self, image: &ImageHandle, userfaults: &[BorrowedFd<'_>]) -> Result<(), String>;
+    fn hold(
+        &self,
+        image: &ImageHandle,
+        userfaults: &[BorrowedFd<'_>],
+        written: &[Vec<Range<u64>>],
+    ) -> Result<(), String>;
 
     /// Lets go again: nothing was dropped after all.
     fn release(&self);

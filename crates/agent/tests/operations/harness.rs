@@ -1,6 +1,7 @@
 //! A live process to work on, in a cgroup of its own, and a holder in this process.
 
 use std::io::{self, BufRead, BufReader, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -14,6 +15,7 @@ use medes_agent::dedup::{
 use medes_agent::index::ImageIndex;
 use medes_agent::restore::{AddressSpace, Filling, HeldImage, RestoreBuffers, Revived, Served};
 use medes_agent::view::SpaceView;
+use medes_agent::working_set::Prefetch;
 use medes_core::{DomainId, FunctionId, NodeId};
 use medes_memory::session::{Freezer, on_tracer_thread};
 use medes_pages::FingerprintConfig;
@@ -213,7 +215,7 @@ impl Bench {
     pub fn restore(&self, target: &mut Target, meanwhile: impl FnOnce(&mut Target)) -> u64 {
         let image = self.held.lock().unwrap().take().expect("an image is held");
         let mut buffers = RestoreBuffers::default();
-        let revived = image.revive(&[], &mut buffers).expect("revives");
+        let revived = image.revive(&Prefetch::default(), &mut buffers).expect("revives");
         target.cgroup.thaw().expect("thaws");
         let faults = serve_while(&revived, || meanwhile(target));
         finish(&revived, false);
@@ -229,7 +231,8 @@ impl Bench {
         meanwhile: impl FnOnce(&mut Target),
     ) {
         let image = self.held.lock().unwrap().take().expect("an image is held");
-        let revived = image.revive(&[], &mut RestoreBuffers::default()).expect("revives");
+        let revived =
+            image.revive(&Prefetch::default(), &mut RestoreBuffers::default()).expect("revives");
         target.cgroup.thaw().expect("thaws");
         serve_while(&revived, || meanwhile(target));
         if fill {
@@ -297,7 +300,12 @@ pub fn finish(revived: &Revived, keep: bool) {
 }
 
 impl Holder for Bench {
-    fn hold(&self, image: &ImageHandle, userfaults: &[BorrowedFd<'_>]) -> Result<(), String> {
+    fn hold(
+        &self,
+        image: &ImageHandle,
+        userfaults: &[BorrowedFd<'_>],
+        _written: &[Vec<Range<u64>>],
+    ) -> Result<(), String> {
         (self.on_hold)()?;
         let userfaults: io::Result<Vec<OwnedFd>> =
             userfaults.iter().map(|fd| fd.as_fd().try_clone_to_owned()).collect();

@@ -11,6 +11,7 @@ use harness::{Bench, Target};
 use medes_agent::RestoreError;
 use medes_agent::dedup::{Cancel, DedupError, Hindrance};
 use medes_agent::restore::{Filling, RestoreBuffers, Served};
+use medes_agent::working_set::Prefetch;
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
 use medes_memory::pages::{PageClass, PageRun};
 use medes_memory::writer::write_pages;
@@ -239,7 +240,7 @@ fn a_sandbox_that_dies_in_the_middle_leaves_nothing() {
     std::thread::sleep(Duration::from_millis(50));
     let image = bench.held.lock().unwrap().take().expect("held");
     let mut buffers = RestoreBuffers::default();
-    let gone = image.revive(&[], &mut buffers).and_then(|revived| {
+    let gone = image.revive(&Prefetch::default(), &mut buffers).and_then(|revived| {
         let space = &revived.spaces[0];
         while space.fill(64, false, &mut buffers, &mut Served::default())? == Filling::Going {}
         Ok(())
@@ -371,7 +372,9 @@ fn a_corrupt_store_never_reaches_a_process() {
     file.write_all_at(&bytes, middle).expect("writes");
 
     let image = bench.held.lock().unwrap().take().expect("held");
-    let revived = image.revive(&[], &mut RestoreBuffers::default()).expect("nothing read yet");
+    let revived = image
+        .revive(&Prefetch::default(), &mut RestoreBuffers::default())
+        .expect("nothing read yet");
     let mut buffers = RestoreBuffers::default();
     let error = loop {
         let space = &revived.spaces[0];
