@@ -502,6 +502,10 @@ impl AddressSpace {
     ) -> Result<SpaceView, RestoreError> {
         let mut state = self.lock();
         self.serve_locked(&mut state, 1, buffers, served)?;
+        if is_gone(&state) {
+            // The process may live on, with another program's memory (execve(2)).
+            return Err(FillError::Gone.into());
+        }
         state.suspended = true;
         Ok(state.view.export())
     }

@@ -55,6 +55,14 @@ pub struct Prefetch {
 }
 
 impl Prefetch {
+    /// Exactly these ranges, for each process, none of them known to be written to.
+    #[must_use]
+    pub fn of(ranges: &[Vec<Range<u64>>]) -> Self {
+        let unwritten = |range: &Range<u64>| PrefetchRange { range: range.clone(), written: false };
+        let of_process = |ranges: &Vec<Range<u64>>| ranges.iter().map(unwritten).collect();
+        Self { ranges: ranges.iter().map(of_process).collect(), trial: 0 }
+    }
+
     /// Whether nothing is put back beforehand.
     #[must_use]
     pub fn is_empty(&self) -> bool {

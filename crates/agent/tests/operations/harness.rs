@@ -143,7 +143,7 @@ pub struct Bench {
     pub registry: Box<dyn Registry>,
     pub cancel: Cancel,
     /// What was restored last and is watched.
-    pub watched: Mutex<Option<Revived>>,
+    pub watched: Mutex<Vec<Arc<AddressSpace>>>,
     /// How often an operation told of its end before it came.
     pub cancelled: AtomicUsize,
     pub held: Mutex<Option<HeldImage>>,
@@ -157,7 +157,7 @@ impl Bench {
             store: Store::create(NodeId(0), capacity).expect("a store"),
             registry: Box::new(registry),
             cancel: Cancel::default(),
-            watched: Mutex::new(None),
+            watched: Mutex::default(),
             cancelled: AtomicUsize::new(0),
             held: Mutex::new(None),
             on_hold: Box::new(|| Ok(())),
@@ -238,13 +238,13 @@ impl Bench {
         if fill {
             finish(&revived, true);
         }
-        *self.watched.lock().unwrap() = Some(revived);
+        *self.watched.lock().unwrap() = revived.spaces;
     }
 
     /// Serves the memory that is watched while `meanwhile` runs.
     pub fn serve_watched(&self, meanwhile: impl FnOnce()) {
-        let watched = self.watched.lock().unwrap();
-        serve_while(watched.as_ref().expect("watched memory"), meanwhile);
+        let spaces = self.watched.lock().unwrap().clone();
+        serve_while(&Revived { spaces, pages: 0 }, meanwhile);
     }
 
     /// Takes hold once more of what a target in the dedup state has.
@@ -323,18 +323,33 @@ impl Holder for Bench {
     }
 
     fn suspend(&self) -> Result<Vec<SpaceView>, String> {
-        let watched = self.watched.lock().unwrap();
-        let revived = watched.as_ref().ok_or("nothing is watched")?;
+        let mut watched = self.watched.lock().unwrap();
+        watched.retain(|space| !space.is_child() || !space.has_ended());
+        watched.sort_unstable_by_key(|space| space.process());
+        if !watched.iter().all(|space| space.tracks_writes()) {
+            return Err("not all of its processes tell what they write".into());
+        }
         let suspend = |space: &Arc<AddressSpace>| {
-            space.suspend(&mut RestoreBuffers::default(), &mut Served::default())
+            let mut served = Served::default();
+            let view = space.suspend(&mut RestoreBuffers::default(), &mut served);
+            (view, served.children)
         };
-        let views: Result<Vec<_>, _> = revived.spaces.iter().map(suspend).collect();
-        views.map_err(|e| e.to_string())
+        let (views, children): (Vec<_>, Vec<_>) = watched.iter().map(suspend).unzip();
+        let views: Result<Vec<_>, _> = views.into_iter().collect();
+        let forked = children.iter().any(|children| !children.is_empty());
+        if views.is_err() || forked {
+            watched.iter().for_each(|space| space.resume());
+        }
+        watched.extend(children.into_iter().flatten());
+        match (views, forked) {
+            (Ok(views), false) => Ok(views),
+            (Err(error), _) => Err(error.to_string()),
+            (_, true) => Err("it has just forked".into()),
+        }
     }
 
     fn resume(&self) -> Result<(), String> {
-        let watched = self.watched.lock().unwrap();
-        watched.as_ref().ok_or("nothing is watched")?.spaces.iter().for_each(|s| s.resume());
+        self.watched.lock().unwrap().iter().for_each(|space| space.resume());
         Ok(())
     }
 

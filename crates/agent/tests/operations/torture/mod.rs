@@ -8,13 +8,14 @@ mod runtimes;
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use medes_agent::dedup::{DedupError, Deduplicated, Hindrance};
+use medes_agent::dedup::{Cancel, DedupError, Deduplicated, Hindrance};
 use medes_agent::plan::PlanError;
 use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Served};
+use medes_agent::working_set::Prefetch;
 use medes_memory::obstacle::Obstacle;
 use medes_memory::session::SessionError;
 use medes_memory::tracee::SeizeError;
@@ -68,39 +69,95 @@ impl Random {
 
 /// A subject, what asks it whether all is well, and what may keep it warm for a moment.
 struct Torture<'a> {
-    bench: Bench,
+    bench: &'a Bench,
     target: Target,
     random: Random,
     ask: &'a mut dyn FnMut(&mut Target),
     tolerates: fn(&Hindrance) -> bool,
+    service: &'a Service,
+    /// What the operation before left, if the subject is watched since.
+    before: Option<Deduplicated>,
+    counts: Counts,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
     /// Operations that left the subject warm.
-    stayed: u64,
+    stayed_warm: u64,
+    /// Operations that encoded only what was written since the one before.
+    again: u64,
+    /// Operations that could not.
+    anew: u64,
+    /// Pages that such operations took over.
+    reused: u64,
+}
+
+/// Takes a subject through dedup and restore as many times as wanted.
+fn run(
+    target: Target,
+    random: Random,
+    ask: &mut dyn FnMut(&mut Target),
+    tolerates: fn(&Hindrance) -> bool,
+) {
+    let (bench, service) = (bench(), Service::default());
+    let cgroup = target.cgroup.clone();
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            service.serve(&bench).unwrap_or_else(|error| {
+                // Nobody may wait for a page for ever.
+                let _ = cgroup.order_kill();
+                panic!("serving: {error}")
+            });
+        });
+        // Whatever is found wrong, the server comes to an end.
+        let _end = End { service: &service, cgroup: cgroup.clone() };
+        let begin = Instant::now();
+        let (before, counts) = (None, Counts::default());
+        let (bench, service) = (&bench, &service);
+        let mut torture =
+            Torture { bench, target, random, ask, tolerates, service, before, counts };
+        let cycles = cycles();
+        for cycle in 0..cycles {
+            torture.random.pause(Duration::from_millis(8));
+            let new_base = cycle == 0 || torture.random.below(8) == 0;
+            let done = torture.dedup(new_base);
+            torture.restore(done);
+            (torture.ask)(&mut torture.target);
+        }
+        torture.complete();
+        let took = begin.elapsed().as_secs_f64();
+        let faults = service.faults.load(Ordering::Relaxed);
+        println!("{cycles} cycles in {took:.1} s, {faults} faults, {:?}", torture.counts);
+        service.stop.store(true, Ordering::Release);
+        server.join().expect("serves");
+    });
 }
 
 impl Torture<'_> {
-    /// Through dedup and restore as many times as wanted.
-    fn run(&mut self) {
-        let begin = Instant::now();
-        let cycles = cycles();
-        let mut faults = 0;
-        for cycle in 0..cycles {
-            self.random.pause(Duration::from_millis(8));
-            let new_base = cycle == 0 || self.random.below(8) == 0;
-            let done = self.dedup(new_base);
-            faults += self.restore();
-            self.bench.give_back(done);
+    fn dedup(&mut self, new_base: bool) -> Deduplicated {
+        if !new_base && let Some(before) = &self.before {
+            let previous = self.bench.previous(before);
+            let cancel = Cancel::default();
+            match self.bench.dedup_with(&self.target, false, Some(&previous), &cancel) {
+                Ok(done) => {
+                    self.counts.again += 1;
+                    self.counts.reused += done.counts.reused;
+                    self.bench.watched.lock().unwrap().clear();
+                    self.give_before_back();
+                    return done;
+                }
+                // Processes that came or went, or something that is in the way: as any operation.
+                Err(DedupError::StaysWarm(_)) => self.counts.anew += 1,
+                Err(error) => panic!("not deduplicated again: {error}"),
+            }
             (self.ask)(&mut self.target);
         }
-        let took = begin.elapsed().as_secs_f64();
-        println!("{cycles} cycles in {took:.1} s, {faults} faults, stayed warm {}", self.stayed);
-    }
-
-    fn dedup(&mut self, new_base: bool) -> Deduplicated {
+        self.complete();
         for _ in 0..TRIES {
             match self.bench.dedup(&self.target, new_base) {
                 Ok(done) => return done,
                 Err(DedupError::StaysWarm(why)) if (self.tolerates)(&why) => {
-                    self.stayed += 1;
+                    self.counts.stayed_warm += 1;
                     self.bench.assert_no_images();
                     (self.ask)(&mut self.target);
                     self.random.pause(Duration::from_millis(4));
@@ -111,8 +168,9 @@ impl Torture<'_> {
         panic!("something was in the way {TRIES} times");
     }
 
-    /// Brings the subject back, mostly as it needs it, and asks it meanwhile.
-    fn restore(&mut self) -> u64 {
+    /// Brings the subject back, mostly as it needs it, and asks it meanwhile. Then the rest is
+    /// brought back, or not, and it is watched further, or not.
+    fn restore(&mut self, done: Deduplicated) {
         self.random.pause(Duration::from_millis(2));
         let image = self.bench.held.lock().unwrap().take().expect("an image is held");
         // Nothing beforehand, or everything, or what lies high.
@@ -121,72 +179,89 @@ impl Torture<'_> {
             1 => vec![vec![0x7000_0000_0000..1 << 47]; 16],
             _ => Vec::new(),
         };
-        let revived = image.revive(&beforehand, &mut RestoreBuffers::default());
+        let revived = image.revive(&Prefetch::of(&beforehand), &mut RestoreBuffers::default());
         let revived = revived.unwrap_or_else(|error| panic!("not revived: {error}"));
-        let neighbours = 1 << self.random.below(4);
-        let fill = AtomicBool::new(false);
-        let times = 1 + self.random.below(3);
-        std::thread::scope(|scope| {
-            let cgroup = &self.target.cgroup;
-            let (fill, cgroup) = (&fill, cgroup.clone());
-            let server = scope.spawn(move || {
-                serve(revived.spaces, neighbours, fill).unwrap_or_else(|error| {
-                    // Nobody may wait for a page for ever.
-                    let _ = cgroup.order_kill();
-                    panic!("serving: {error}")
-                })
-            });
-            // Whatever is found wrong, the server comes to an end.
-            let _end = End { fill, cgroup: self.target.cgroup.clone() };
-            self.target.cgroup.thaw().expect("thaws");
-            for _ in 0..times {
-                (self.ask)(&mut self.target);
-            }
-            fill.store(true, Ordering::Release);
+        self.service.begin(1 << self.random.below(4));
+        *self.bench.watched.lock().unwrap() = revived.spaces;
+        self.before = Some(done);
+        self.target.cgroup.thaw().expect("thaws");
+        for _ in 0..=self.random.below(3) {
             (self.ask)(&mut self.target);
-            server.join().expect("serves")
-        })
+        }
+        match self.random.below(4) {
+            0 => {}
+            1 => self.complete(),
+            _ => self.service.fill.store(true, Ordering::Release),
+        }
     }
-}
 
-/// Ends the service of a subject: when its test has failed, along with the subject.
-struct End<'a> {
-    fill: &'a AtomicBool,
-    cgroup: Cgroup,
-}
+    /// Brings all back and watches no further.
+    fn complete(&mut self) {
+        self.service.keep.store(false, Ordering::Release);
+        self.service.fill.store(true, Ordering::Release);
+        while !self.bench.watched.lock().unwrap().is_empty() {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        self.give_before_back();
+        self.bench.assert_no_images();
+    }
 
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let _ = self.cgroup.order_kill();
-            self.fill.store(true, Ordering::Release);
+    fn give_before_back(&mut self) {
+        if let Some(before) = self.before.take() {
+            drop(before.userfaults);
+            self.bench.store.remove_image(before.image);
         }
     }
 }
 
-/// Answers the faults of address spaces, and of the children of their processes, until everything
-/// is back, which begins when `fill` says so. Returns how many faults there were.
-fn serve(
-    mut spaces: Vec<Arc<AddressSpace>>,
-    neighbours: u64,
-    fill: &AtomicBool,
-) -> Result<u64, medes_agent::RestoreError> {
-    let mut buffers = RestoreBuffers::default();
-    let mut faults = 0;
-    while !spaces.is_empty() {
-        let filling = fill.load(Ordering::Acquire);
+/// Answers the faults of what is watched, and brings it back.
+#[derive(Default)]
+struct Service {
+    /// Pages put back with each one that is waited for.
+    neighbours: AtomicU64,
+    /// Bring the rest back.
+    fill: AtomicBool,
+    /// Go on watching when all is back.
+    keep: AtomicBool,
+    stop: AtomicBool,
+    faults: AtomicU64,
+}
+
+impl Service {
+    fn begin(&self, neighbours: u64) {
+        self.neighbours.store(neighbours, Ordering::Release);
+        self.fill.store(false, Ordering::Release);
+        self.keep.store(true, Ordering::Release);
+    }
+
+    fn serve(&self, bench: &Bench) -> Result<(), medes_agent::RestoreError> {
+        let mut buffers = RestoreBuffers::default();
+        while !self.stop.load(Ordering::Acquire) {
+            self.round(&mut bench.watched.lock().unwrap(), &mut buffers)?;
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        Ok(())
+    }
+
+    /// Looks at every address space once, and at those of the children of their processes.
+    fn round(
+        &self,
+        spaces: &mut Vec<Arc<AddressSpace>>,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<(), medes_agent::RestoreError> {
+        let fill = self.fill.load(Ordering::Acquire);
+        let keep = self.keep.load(Ordering::Acquire);
+        let neighbours = self.neighbours.load(Ordering::Acquire).max(1);
         let mut children = Vec::new();
         let mut result = Ok(());
         spaces.retain(|space| {
             let mut served = Served::default();
-            let done = match filling {
-                true => space.fill(64, false, &mut buffers, &mut served),
-                false => {
-                    let served = space.serve(neighbours, &mut buffers, &mut served);
-                    served.map(|()| Filling::Going)
-                }
+            let is_due = space.filling() == Filling::Going || !keep;
+            let done = match fill && is_due {
+                true => space.fill(64, keep, buffers, &mut served),
+                false => space.serve(neighbours, buffers, &mut served).map(|()| Filling::Going),
             };
-            faults += served.faults;
+            self.faults.fetch_add(served.faults, Ordering::Relaxed);
             children.append(&mut served.children);
             match done {
                 Ok(done) => done != Filling::Released,
@@ -197,11 +272,24 @@ fn serve(
                 }
             }
         });
-        result?;
         spaces.append(&mut children);
-        std::thread::sleep(Duration::from_micros(20));
+        result
     }
-    Ok(faults)
+}
+
+/// Ends the service of a subject: when its test has failed, along with the subject.
+struct End<'a> {
+    service: &'a Service,
+    cgroup: Cgroup,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.cgroup.order_kill();
+            self.service.stop.store(true, Ordering::Release);
+        }
+    }
 }
 
 /// The program that is tortured, compiled once.
@@ -243,7 +331,7 @@ fn torture(mode: &str, tolerates: fn(&Hindrance) -> bool) {
     let mut random = Random::new(mode);
     let target = start(mode, &mut random);
     let mut ask = asking();
-    Torture { bench: bench(), target, random, ask: &mut ask, tolerates, stayed: 0 }.run();
+    run(target, random, &mut ask, tolerates);
 }
 
 /// Nothing may be in the way.
@@ -339,10 +427,17 @@ fn processes_that_die_meanwhile() {
                 });
                 while let Ok(done) = bench.dedup(&target, true) {
                     let image = bench.held.lock().unwrap().take().expect("held");
-                    if let Ok(revived) = image.revive(&[], &mut RestoreBuffers::default()) {
+                    if let Ok(revived) =
+                        image.revive(&Prefetch::default(), &mut RestoreBuffers::default())
+                    {
                         target.cgroup.thaw().expect("thaws");
-                        let fill = AtomicBool::new(true);
-                        serve(revived.spaces, 1, &fill).expect("serves");
+                        let service = Service { fill: true.into(), ..Service::default() };
+                        let mut spaces = revived.spaces;
+                        while !spaces.is_empty() {
+                            service
+                                .round(&mut spaces, &mut RestoreBuffers::default())
+                                .expect("serves");
+                        }
                     }
                     bench.give_back(done);
                 }
