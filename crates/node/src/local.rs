@@ -220,13 +220,8 @@ impl NodeApi for Node {
 
     fn memory(&self) -> NodeMemory {
         let store = self.shared.store.usage();
-        let sandboxes = self.shared.table.all();
         NodeMemory {
-            sandboxes: sandboxes
-                .iter()
-                .filter_map(|e| e.cgroup.memory().ok())
-                .map(|m| m.anon + m.shmem + m.kernel)
-                .sum(),
+            sandboxes: self.shared.root.memory().map_or(0, |m| m.anon + m.shmem + m.kernel),
             base: store.snapshots,
             patches: store.images,
             registry: self.shared.registry.stats().bytes + store.index,

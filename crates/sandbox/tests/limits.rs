@@ -35,14 +35,12 @@ fn scratch_files_count_as_memory() {
 #[test]
 fn memory_readings_follow_the_program() {
     let i = Instance::new();
-    let spec = i.python(
-        "import time\n\
+    let program = "import time\n\
          x = bytearray(b'x') * (40 << 20)\n\
          open('/tmp/f', 'wb').write(bytes(10 << 20))\n\
          print('ready', flush=True)\n\
-         time.sleep(1000)",
-    );
-    let (running, mut output) = i.start(&spec);
+         time.sleep(1000)";
+    let (running, mut output) = i.start(&i.python(program));
     assert_eq!(output.line(), "ready");
     let m = running.cgroup().memory().unwrap();
     assert!((40 << 20..60 << 20).contains(&m.anon), "{m:?}");
@@ -50,6 +48,12 @@ fn memory_readings_follow_the_program() {
     assert!((50_000..8 << 20).contains(&m.kernel), "{m:?}");
     assert!(m.total >= m.anon + m.shmem, "{m:?}");
     assert_eq!((m.limit, m.oom_kills), (Some(256 << 20), 0));
+    let (other, mut output) = i.start(&i.python(program));
+    assert_eq!(output.line(), "ready");
+    let all = i.root.memory().unwrap();
+    assert!((80 << 20..120 << 20).contains(&all.anon), "{all:?}");
+    assert!((20 << 20..24 << 20).contains(&all.shmem), "{all:?}");
+    other.destroy(LONG).unwrap();
     running.destroy(LONG).unwrap();
 }
 

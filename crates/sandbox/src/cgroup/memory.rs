@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{CgroupError, read};
 
-/// The memory charged to one sandbox at one moment, bytes.
+/// The memory charged to one sandbox, or to all of an instance, at one moment, bytes.
 ///
 /// The kernel counts in batches per processor, so that each figure may be behind by up to
 /// 64 pages per processor (`MEMCG_CHARGE_BATCH`).
@@ -72,12 +72,15 @@ impl MemoryReading {
     fn parse_v1(stat: &str, kmem: &str, usage: &str, limit: &str, oom_control: &str) -> Self {
         // "No limit" is written as the largest number of whole pages.
         const NO_LIMIT: u64 = i64::MAX as u64 - 0xffff;
-        let shmem = field(stat, "shmem").unwrap_or(0);
+        // Version 2 counts what lies below, too; version 1 has other names for that.
+        let with_below =
+            |key| field(stat, &format!("total_{key}")).or_else(|| field(stat, key)).unwrap_or(0);
+        let shmem = with_below("shmem");
         Self {
-            anon: field(stat, "rss").unwrap_or(0),
+            anon: with_below("rss"),
             shmem,
             kernel: number(kmem).unwrap_or(0),
-            file: field(stat, "cache").unwrap_or(0).saturating_sub(shmem),
+            file: with_below("cache").saturating_sub(shmem),
             total: number(usage).unwrap_or(0),
             limit: number(limit).filter(|l| *l < NO_LIMIT),
             oom_kills: field(oom_control, "oom_kill").unwrap_or(0),
@@ -144,7 +147,7 @@ mod tests {
             "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n",
         );
         let want = MemoryReading {
-            anon: 7_528_448,
+            anon: 31_727_616,
             shmem: 9_068_544,
             kernel: 1_234_567,
             file: 192_512,

@@ -7,7 +7,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::hierarchy::Hierarchies;
-use super::{Cgroup, CgroupError, make_dir, read, remove_dir, write, write_if_present};
+use super::{
+    Cgroup, CgroupError, MemoryReading, make_dir, read, remove_dir, write, write_if_present,
+};
 use crate::spec::{Resources, is_plain_name};
 
 /// The directory below which an instance makes its sandboxes' cgroups, in every hierarchy it
@@ -69,6 +71,19 @@ impl CgroupRoot {
             pids: h.pids.as_deref().map(dir),
             cpu: h.cpu.as_deref().map(dir),
         })
+    }
+
+    /// What all sandboxes of the instance together are charged for: one reading, however many there
+    /// are. Memory that outlives its sandbox for a moment is part of it.
+    ///
+    /// # Errors
+    /// If the instance's cgroup is gone.
+    pub fn memory(&self) -> Result<MemoryReading, CgroupError> {
+        let h = &self.hierarchies;
+        match &h.memory {
+            None => MemoryReading::read_v2(&h.unified.join(&self.name)),
+            Some(mount_point) => MemoryReading::read_v1(&mount_point.join(&self.name)),
+        }
     }
 
     /// Makes the cgroup of the sandbox `id` with its limits.
