@@ -81,6 +81,12 @@ impl Quantiles {
         (!points.is_empty() && ordered && possible).then_some(Self(points))
     }
 
+    /// Always the same value, which must be a finite number from 0 on.
+    #[must_use]
+    pub fn constant(value: f64) -> Self {
+        Self(vec![(0.5, value)])
+    }
+
     /// The value that the share `q` stays at or below, linear between what is known.
     #[must_use]
     pub fn at(&self, q: f64) -> f64 {

@@ -204,3 +204,78 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_is_wrong_beside_the_calls_is_named_or_repaired_and_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let calls =
+        "HashOwner,HashApp,HashFunction,Trigger,1\no,a,f,http,1\no,a,g,http,1\no,b,h,http,1\n";
+    file(&dir, "invocations.csv", calls);
+    let percentiles = "percentile_Average_0,percentile_Average_1,percentile_Average_25,\
+                       percentile_Average_50,percentile_Average_75,percentile_Average_99,\
+                       percentile_Average_100";
+    let header =
+        format!("HashOwner,HashApp,HashFunction,Average,Count,Minimum,Maximum,{percentiles}\n");
+    let write = |rows: &str| file(&dir, "durations.csv", &format!("{header}{rows}"));
+    let memory = |rows: &str| {
+        file(
+            &dir,
+            "memory.csv",
+            &format!("HashOwner,HashApp,SampleCount,AverageAllocatedMb\n{rows}"),
+        )
+    };
+    write(
+        "o,a,f,5,3,1,9,1,1,4,5,6,8,9\no,a,f,7,3,1,9,1,1,4,7,8,8,9\no,a,g,5,3,1,9,9,8,7,6,5,4,3\n",
+    );
+    memory("o,a,1,100\no,a,1,200\n");
+    let trace = Trace::open(dir.path()).unwrap();
+    let r = trace.repairs;
+    assert_eq!((r.duplicate_values, r.unsorted_percentiles), (2, 1));
+    assert_eq!((r.without_durations, r.without_memory), (1, 1));
+    assert_eq!(r.list().len(), 4);
+    assert_eq!(trace.functions[0].duration_ms.as_ref().unwrap().median(), 5.0);
+    assert_eq!(trace.functions[0].memory, Some(100 << 20));
+
+    let message = || Trace::open(dir.path()).unwrap_err().to_string();
+    memory("o,a,1,-5\n");
+    assert!(message().contains("memory.csv:2, column 4: -5 is not possible"), "{}", message());
+    memory("o,a,1,100\n");
+    write("o,a,f,5,3,1,9,1,1,4,lots,6,8,9\n");
+    assert!(
+        message().contains("durations.csv:2, column 11: \"lots\" is no number"),
+        "{}",
+        message()
+    );
+    file(&dir, "durations.csv", &header.replace(",percentile_Average_75", ""));
+    assert!(message().contains("durations.csv:1: there is no column"), "{}", message());
+}
+
+#[test]
+fn memory_does_not_grow_with_the_trace() {
+    let peak = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|l| l.starts_with("VmHWM")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("t.csv");
+    let mut out = std::io::BufWriter::new(std::fs::File::create(&path).unwrap());
+    std::io::Write::write_all(&mut out, b"time_ms,function\n").unwrap();
+    // Backwards, so that all of it has to be sorted.
+    let rows = 4_000_000_u64;
+    for i in 0..rows {
+        std::io::Write::write_all(&mut out, format!("{},f\n", rows - i).as_bytes()).unwrap();
+    }
+    drop(out);
+    let before = peak();
+    let trace = Trace::open(&path).unwrap();
+    let mut arrivals = trace.arrivals(TraceOptions::default()).unwrap();
+    let mut count = 0;
+    while arrivals.next().unwrap().is_some() {
+        count += 1;
+    }
+    assert_eq!((count, trace.repairs.backwards), (rows, rows - 1));
+    // In memory they would take 64 MB.
+    let grown = peak() - before;
+    assert!(grown < 48 << 20, "{grown} bytes");
+}
