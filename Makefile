@@ -2,7 +2,8 @@
 #
 #   make demo      installs what is needed, builds, and shows it all
 #   make test      installs what is needed and runs all tests
-#   make evaluate  simulates the policies on 20 nodes and writes a page about it
+#   make evaluate  simulates the policies on 20 nodes, plays a trace on real
+#                  functions beside its simulation, and writes a page about it
 #
 # Settings, as in `make demo ARGS=--all PYTHON=/usr/bin/python3.12`:
 #
@@ -12,6 +13,7 @@
 #   ARGS     arguments for `medes demo`: --all, --functions a,b, --json FILE...
 #   TRACE    the arrivals for `make evaluate`: a file or directory of the Azure
 #            Functions data sets; without it, some are made like them
+#   LIVE     `no` leaves the real functions out of `make evaluate`
 #   PREFIX   where `make install` puts the command
 
 SHELL := /bin/bash
@@ -22,6 +24,7 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 PREFIX ?= /usr/local
 ARGS ?=
 TRACE ?=
+LIVE ?= yes
 # Evaluated where it is used, not here: `setup` may have to install it first.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
@@ -44,13 +47,26 @@ test: setup layers runtime boto3
 		MEDES_TEST_PYTHON="$(PYTHON)" cargo test --workspace --locked; \
 	fi
 
-evaluate: build
+# The live part plays an hour of another made trace at twelve times its speed, with periods shorter
+# by as much, once under fixed keep-alive and once under Medes with a latency target.
+evaluate: build $(if $(filter no,$(LIVE)),,layers)
 	@dir=.cache/evaluation; trace="$(TRACE)"; rm -rf "$$dir/runs"; mkdir -p "$$dir"; \
 	if [ -z "$$trace" ]; then \
 		trace="$$dir/trace"; \
 		target/release/medes trace make "$$trace" --functions 2300 --requests 6000000 --seed 1; \
 	fi; \
 	target/release/medes simulate "$$trace" --evaluation --out "$$dir/runs"; \
+	if [ "$(LIVE)" != no ]; then \
+		target/release/medes trace make "$$dir/live" --functions 40 --length 1h --requests 1000 \
+			--seed 2; \
+		for policy in fixed latency; do \
+			target/release/medes replay "$$dir/live" --private --python "$(PYTHON)" --speed 12 \
+				--policy "$$policy" --idle 5s --keep-alive 50s --keep-dedup 75s \
+				--out "$$dir/live-$$policy.csv"; \
+			target/release/medes simulate "$$dir/live" --compare "$$dir/live-$$policy.csv" \
+				--calibrate --out "$$dir/runs"; \
+		done; \
+	fi; \
 	target/release/medes report "$$dir/runs" --out "$$dir/report.html" \
 		--origin "make evaluate TRACE=$(TRACE)"
 

@@ -1,7 +1,10 @@
 //! A page from real simulations.
 
+use medes_core::StartKind;
 use medes_report::{Heading, page};
-use medes_simulator::{Profile, Run, Silent, carry_out, evaluation};
+use medes_simulator::{
+    Comparison, Experiment, Profile, Run, Served, Silent, carry_out, evaluation,
+};
 use medes_trace::{Making, Trace, TraceOptions, make};
 
 fn runs() -> Vec<Run> {
@@ -21,6 +24,17 @@ fn runs() -> Vec<Run> {
         },
     )
     .unwrap();
+    let mut live = Comparison::default();
+    live.served(&Served {
+        request: 0,
+        function: "vanilla".to_owned(),
+        start: StartKind::Cold,
+        startup_us: 50_000,
+        execution_us: 6_000,
+    });
+    let validation = live.finish("a <replay>".to_owned(), true);
+    let experiment = Experiment::Validation(Box::new(validation));
+    runs.push(Run { experiment, ..runs[0].clone() });
     runs
 }
 
@@ -35,7 +49,14 @@ fn the_whole_evaluation_is_one_page_by_itself() {
     for outside in ["http://", "https://", "<script", "@import", "url("] {
         assert!(!html.contains(outside), "{outside}");
     }
-    for section in ["Beside the paper", "Cold starts", "Latency", "Memory over time", "Settings"] {
+    for section in [
+        "Beside the paper",
+        "Cold starts",
+        "Latency",
+        "Memory over time",
+        "Settings",
+        "Live and simulated",
+    ] {
         assert!(html.contains(&format!("<h2>{section}</h2>")), "{section}");
     }
     assert!(!html.contains("NaN") && !html.contains("inf"));

@@ -9,6 +9,7 @@ use crate::config::{Functions, SimulationConfig};
 use crate::engine::{Observer, Outcome, SimulateError, simulate};
 use crate::profile::Profile;
 use crate::result::SimulationResult;
+use crate::validation::Validation;
 
 const MINUTE: u64 = 60_000;
 const GB: u64 = 1_000_000_000;
@@ -42,6 +43,8 @@ pub enum Experiment {
         /// Its value.
         value: f64,
     },
+    /// A live run, simulated.
+    Validation(Box<Validation>),
     /// A run by itself.
     Single,
 }

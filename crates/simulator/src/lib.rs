@@ -23,6 +23,7 @@ mod latency;
 mod node;
 mod profile;
 mod result;
+mod validation;
 mod workload;
 
 pub use medes_policy::PolicyConfig;
@@ -36,3 +37,4 @@ pub use profile::{FunctionProfile, Profile, ProfileError};
 pub use result::{
     FunctionResult, MemoryResult, Sample, SimulationResult, StartCounts, TraceResult,
 };
+pub use validation::{Comparison, Served, Side, Validation};

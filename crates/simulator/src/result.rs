@@ -1,5 +1,6 @@
 //! What came out.
 
+use medes_core::StartKind;
 use medes_policy::PolicyConfig;
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,15 @@ pub struct StartCounts {
 }
 
 impl StartCounts {
+    /// Counts one.
+    pub fn count(&mut self, start: StartKind) {
+        match start {
+            StartKind::Cold => self.cold += 1,
+            StartKind::Warm => self.warm += 1,
+            StartKind::Dedup => self.dedup += 1,
+        }
+    }
+
     /// All of them.
     #[must_use]
     pub fn total(&self) -> u64 {

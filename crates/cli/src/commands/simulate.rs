@@ -8,13 +8,14 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use medes_policy::{PolicyName, PolicySettings};
 use medes_simulator::{
-    Bases, Execution, Experiment, Functions, Observer, Outcome as RequestOutcome, Profile, Run,
-    SimulationConfig, carry_out, evaluation, simulate,
+    Bases, Comparison, Execution, Experiment, Functions, Observer, Outcome as RequestOutcome,
+    Profile, Run, Served, SimulationConfig, Validation, carry_out, evaluation, simulate,
 };
 use medes_trace::{Trace, TraceOptions};
 use serde_json::json;
 
 use super::policy_names;
+use super::replay::{Row, recording};
 use crate::failure::{Failure, Outcome};
 use crate::output::{Format, table};
 use crate::units::{Period, Size};
@@ -96,6 +97,14 @@ pub struct SimulateCommand {
     /// Settings given here other than the seed and the trace's are not used.
     #[arg(long, requires = "out")]
     evaluation: bool,
+    /// Simulate what `medes replay --out RUN` played, on one node, and show both side by side. The
+    /// policy, the seed and what of the trace is played are those of the replay.
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["evaluation", "requests"])]
+    compare: Option<PathBuf>,
+    /// With --compare: take times from the replay instead of the profile, so that only scheduler
+    /// and policy are compared.
+    #[arg(long, requires = "compare")]
+    calibrate: bool,
     /// Write each result into this directory, for `medes report`.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -159,6 +168,17 @@ impl SimulateCommand {
             std::fs::create_dir_all(dir)
                 .map_err(|e| platform(&format!("{}: {e}", dir.display())))?;
         }
+        if let Some(csv) = &self.compare {
+            let run = self.compare(csv, &trace, &profile)?;
+            if let Some(dir) = &self.out {
+                let number = std::fs::read_dir(dir).map_err(|e| platform(&e))?.count();
+                write(dir, number, &run).map_err(|e| platform(&e))?;
+            }
+            let Experiment::Validation(validation) = &run.experiment else { return Ok(()) };
+            let value = serde_json::to_value(validation).map_err(|e| platform(&e))?;
+            self.format.print(&value, || side_by_side(validation));
+            return Ok(());
+        }
         let mut results = Vec::new();
         let mut watch = Watch::new(trace.total());
         let mut keep = |run: Run, out: Option<&Path>| -> std::io::Result<()> {
@@ -202,6 +222,59 @@ impl SimulateCommand {
         let value = json!({ "runs": results.iter().map(|r| &r.0).collect::<Vec<_>>() });
         self.format.print(&value, || human(results.iter().map(|r| r.1.clone())));
         Ok(())
+    }
+
+    /// Simulates what was replayed.
+    fn compare(&self, csv: &Path, trace: &Trace, profile: &Profile) -> Result<Run, Failure> {
+        let platform = |e: &dyn std::fmt::Display| Failure::Platform(e.to_string());
+        let recorded = recording(csv).map_err(|e| platform(&e))?;
+        let mut comparison = Comparison::default();
+        Row::each(csv, |row| {
+            comparison.served(&Served {
+                request: row.request,
+                function: row.function,
+                start: row.start,
+                startup_us: row.total_us.saturating_sub(row.execution_us),
+                execution_us: row.execution_us,
+            });
+            Ok(())
+        })
+        .map_err(|e| platform(&e))?;
+        let names: Vec<String> = recorded.functions.iter().map(ToString::to_string).collect();
+        let profile = comparison.profile(profile, &names, self.calibrate).map_err(|name| {
+            Failure::Platform(format!(
+                "nothing is known of function {name}: name a --profile that has it, or use \
+                 --calibrate"
+            ))
+        })?;
+        let config = SimulationConfig {
+            seed: recorded.seed,
+            nodes: recorded.nodes.len().max(1) as u32,
+            node_memory: recorded.memory_budget,
+            policy: recorded.policy.config(),
+            functions: Functions::Profile,
+            bases: Bases::Node,
+            max_dedups: recorded.max_dedups,
+            headroom: f64::from(recorded.policy.headroom_percent) / 100.0,
+            base_threshold: self.base_threshold,
+            ..SimulationConfig::default()
+        };
+        let options = TraceOptions {
+            seed: recorded.seed,
+            speed: recorded.speed,
+            skip_ms: recorded.skip_ms,
+            length_ms: recorded.length_ms,
+        };
+        let result = simulate(trace, options, &profile, &config, &mut comparison)
+            .map_err(|e| platform(&e))?;
+        let origin = format!("{}, replayed from {}", csv.display(), recorded.began);
+        let validation = comparison.finish(origin, self.calibrate);
+        Ok(Run {
+            experiment: Experiment::Validation(Box::new(validation)),
+            label: label(recorded.policy.name).to_owned(),
+            result,
+            improvement: None,
+        })
     }
 
     fn trace_options(&self) -> TraceOptions {
@@ -298,6 +371,35 @@ fn summary(run: &Run) -> (serde_json::Value, Vec<String>) {
         format!("{:.1}", r.wall_s),
     ];
     (value, row)
+}
+
+/// A live run and its simulation.
+fn side_by_side(v: &Validation) -> String {
+    let sides = [("live", &v.live), ("simulated", &v.simulated)];
+    let header = ["", ">REQUESTS", ">COLD", ">WARM", ">DEDUP"];
+    let mut text = table(
+        &header,
+        sides.iter().map(|(what, s)| {
+            let n = [s.starts.total(), s.starts.cold, s.starts.warm, s.starts.dedup];
+            std::iter::once((*what).to_owned()).chain(n.map(|n| n.to_string())).collect()
+        }),
+    );
+    text.push_str(&format!(
+        "\n{} requests on both sides, {:.1} % of them with the same kind of start\n\n",
+        v.compared,
+        v.same_start * 100.0
+    ));
+    let both = v.live.times().into_iter().zip(v.simulated.times());
+    let rows = both.flat_map(|((what, live), (_, simulated))| {
+        [("live", live), ("simulated", simulated)].map(|(side, l)| {
+            let ms = [l.p50_ms, l.p90_ms, l.p99_ms, l.p999_ms];
+            let named = [format!("{what}, {side}"), l.count.to_string()];
+            named.into_iter().chain(ms.map(|ms| format!("{ms:.1}"))).collect()
+        })
+    });
+    let header = ["TIME", ">COUNT", ">p50 ms", ">p90 ms", ">p99 ms", ">p99.9 ms"];
+    text.push_str(&table(&header, rows));
+    text
 }
 
 fn human(rows: impl Iterator<Item = Vec<String>>) -> String {

@@ -5,6 +5,7 @@ mod client;
 mod platform;
 mod policy;
 mod remains;
+mod replay;
 
 mod bad_input;
 mod commands;

@@ -5,6 +5,7 @@ mod memory;
 mod pools;
 mod summary;
 mod sweeps;
+mod validation;
 
 use medes_simulator::{Experiment, Run};
 
@@ -29,6 +30,7 @@ pub(crate) fn all(runs: &[Run]) -> Vec<String> {
         sweeps::trade_off(runs),
         sweeps::all(runs),
         pools::paper_costs(runs),
+        validation::side_by_side(runs),
         summary::method(runs),
     ]
     .into_iter()
@@ -38,9 +40,12 @@ pub(crate) fn all(runs: &[Run]) -> Vec<String> {
 
 /// What was simulated, in a sentence.
 pub(crate) fn subtitle(runs: &[Run]) -> String {
-    let Some(run) = runs.first() else { return "<p>There are no results.</p>".to_owned() };
+    let simulations = || runs.iter().filter(|r| !matches!(r.experiment, Experiment::Validation(_)));
+    let Some(run) = simulations().next().or(runs.first()) else {
+        return "<p>There are no results.</p>".to_owned();
+    };
     let r = &run.result;
-    let mut nodes: Vec<u32> = runs.iter().map(|r| r.result.config.nodes).collect();
+    let mut nodes: Vec<u32> = simulations().map(|r| r.result.config.nodes).collect();
     nodes.sort_unstable();
     nodes.dedup();
     let nodes: Vec<String> = nodes.iter().map(u32::to_string).collect();
@@ -51,7 +56,7 @@ pub(crate) fn subtitle(runs: &[Run]) -> String {
         short(r.trace.length_s / 3_600.0),
         nodes.join(", "),
         if nodes == ["1"] { "" } else { "s" },
-        runs.len()
+        simulations().count()
     )
 }
 

@@ -195,13 +195,8 @@ impl Engine<'_> {
         self.observer.outcome(&outcome);
         if w.arrived_us >= self.warmup_us {
             let tally = &mut self.tallies[function as usize];
-            for counts in [&mut tally.starts, &mut self.counted] {
-                match start {
-                    StartKind::Cold => counts.cold += 1,
-                    StartKind::Warm => counts.warm += 1,
-                    StartKind::Dedup => counts.dedup += 1,
-                }
-            }
+            tally.starts.count(start);
+            self.counted.count(start);
             tally.end_to_end.record(outcome.end_to_end_us());
             tally.startup.record(queue_us + startup_us);
             self.queueing.record(queue_us);
