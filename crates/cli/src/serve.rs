@@ -8,6 +8,7 @@ use medes_core::NodeId;
 use medes_keeper::KeeperConfig;
 use medes_memory::features::KernelFeatures;
 use medes_node::{DedupConfig, Node, NodeConfig};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -15,6 +16,10 @@ use crate::config::{Config, Log, LogFormat};
 
 /// The hidden subcommand that makes this program a keeper.
 pub const KEEPER_COMMAND: &str = "keeper";
+
+/// Descriptors that a daemon or a keeper may want: a keeper has seven for each sandbox, and logins
+/// usually allow 1024.
+const DESCRIPTORS: u64 = 1 << 20;
 
 /// Runs the platform until it is told to stop.
 ///
@@ -30,6 +35,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     if let Err(missing) = KernelFeatures::probe().check() {
         anyhow::bail!("this host can't deduplicate: it lacks {}; {}", missing.what, missing.remedy);
     }
+    raise_descriptor_limit();
     let listener = TcpListener::bind(config.api.listen).with_context(|| {
         format!(
             "cannot listen on {}; is another platform running? ([api] listen in the configuration \
@@ -87,7 +93,21 @@ async fn serve(config: &Config, listener: TcpListener) -> anyhow::Result<()> {
 /// If it can't start.
 pub fn run_keeper(config: &KeeperConfig, log: &Log) -> anyhow::Result<()> {
     log_to_stderr(log)?;
+    raise_descriptor_limit();
     medes_keeper::run(config).context("the keeper")
+}
+
+/// Lets this process have as many descriptors as it may need, or as many as it is allowed to have.
+fn raise_descriptor_limit() {
+    let resource = Resource::RLIMIT_NOFILE;
+    let Ok((_, hard)) = getrlimit(resource) else { return };
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open");
+    let most = most.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(DESCRIPTORS);
+    let wanted = DESCRIPTORS.min(most).max(hard);
+    let raised = setrlimit(resource, wanted, wanted).or_else(|_| setrlimit(resource, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 fn log_to_stderr(log: &Log) -> anyhow::Result<()> {

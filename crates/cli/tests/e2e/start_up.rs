@@ -25,6 +25,18 @@ fn small_disk(setup: &Setup, size: &str) {
 }
 
 #[test]
+fn a_thousand_sandboxes_would_find_room_for_their_descriptors() {
+    let platform = Platform::start();
+    for process in [platform.pid(), platform.keeper()] {
+        let limits = std::fs::read_to_string(format!("/proc/{process}/limits")).unwrap();
+        let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+        let soft: u64 = line.split_whitespace().nth(3).unwrap().parse().unwrap();
+        assert!(soft >= 10_000, "{line}");
+    }
+    platform.stop();
+}
+
+#[test]
 fn a_port_or_a_run_directory_in_use() {
     let platform = Platform::start();
     platform.deploy("busy");
