@@ -31,6 +31,12 @@ pub enum Piece<'a> {
 }
 
 impl ImageIndex {
+    /// Where it lies in the memory file.
+    #[must_use]
+    pub fn extent(&self) -> Extent {
+        self.image
+    }
+
     /// Opens an image.
     ///
     /// # Errors

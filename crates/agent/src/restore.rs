@@ -79,6 +79,18 @@ impl HeldImage {
         Ok(Self { view, image, userfaults })
     }
 
+    /// Where the image lies.
+    #[must_use]
+    pub fn image(&self) -> Extent {
+        self.image
+    }
+
+    /// The userfaultfds, in the image's order of processes.
+    #[must_use]
+    pub fn userfaults(&self) -> &[OwnedFd] {
+        &self.userfaults
+    }
+
     /// Puts back what must be there before the sandbox runs: pages of private file mappings, and
     /// of the rest those in `working_set`. The sandbox must be frozen. It may be thawed if this succeeds, as long as
     /// the answer's address spaces are served; it must be killed if not.
@@ -200,6 +212,12 @@ impl AddressSpace {
         let moved = Vec::new();
         let state = State { userfault, view, filled_to: 0, moved, filling, suspended: false };
         Self { index: Arc::clone(index), process, child, state: state.into() }
+    }
+
+    /// Where the image lies that it is restored from.
+    #[must_use]
+    pub fn image(&self) -> Extent {
+        self.index.extent()
     }
 
     /// Whether it is a forked child's.

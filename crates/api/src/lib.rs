@@ -53,7 +53,8 @@ async fn unknown(method: Method, uri: Uri) -> Response {
 
 /// Serves the front door on `listener` until `shutdown` completes or a client asks for the end.
 /// Then no connection is accepted any more, requests under way are answered within the
-/// controller's grace period, all sandboxes are ended, and this returns.
+/// controller's grace period, all sandboxes are ended, unless the controller is leaving them, and
+/// this returns.
 ///
 /// # Errors
 /// If the listener fails.

@@ -132,6 +132,8 @@ pub struct Lifecycle {
     pub max_dedups: u32,
     /// How long running requests may go on after a shutdown has begun.
     pub shutdown_grace: Period,
+    /// Whether sandboxes go on when the daemon ends in order, for the next one to take over.
+    pub keep_sandboxes: bool,
 }
 
 impl Default for Lifecycle {
@@ -142,6 +144,7 @@ impl Default for Lifecycle {
             keep_dedup: Period::secs(900),
             max_dedups: 1,
             shutdown_grace: Period::secs(10),
+            keep_sandboxes: false,
         }
     }
 }
@@ -304,6 +307,10 @@ const COMMENTS: &[(&str, &[(&str, &str)])] = &[
             ("keep_dedup", "How long a sandbox stays in the dedup state before it is purged."),
             ("max_dedups", "How many dedup operations run at the same time."),
             ("shutdown_grace", "How long running requests may go on after a shutdown has begun."),
+            (
+                "keep_sandboxes",
+                "Whether sandboxes go on when the daemon ends in order, for the next one to take over.",
+            ),
         ],
     ),
     (

@@ -74,8 +74,16 @@ enum Command {
 }
 
 /// Run the platform: controller, node and HTTP API in one process.
+///
+/// SIGTERM and Ctrl-C end everything. SIGUSR2 ends the daemon only: its sandboxes go on, and the
+/// next `medes serve` with the same configuration takes them over, as it does after a crash. That
+/// is how a platform is upgraded.
 #[derive(Debug, Args)]
-struct ServeCommand {}
+struct ServeCommand {
+    /// Let sandboxes go on at SIGTERM and Ctrl-C too ([lifecycle] keep_sandboxes).
+    #[arg(long)]
+    keep_sandboxes: bool,
+}
 
 /// Hold sandboxes for a daemon, which starts this by itself.
 #[derive(Debug, Args)]
@@ -101,7 +109,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command, global: &Global) -> Outcome {
     match command {
-        Command::Serve(ServeCommand {}) => serve(global),
+        Command::Serve(c) => serve(&c, global),
         Command::Config(c) => c.run(global),
         Command::Deploy(c) => c.run(global),
         Command::Invoke(c) => c.run(global),
@@ -131,8 +139,9 @@ fn run(command: Command, global: &Global) -> Outcome {
     }
 }
 
-fn serve(global: &Global) -> Outcome {
+fn serve(command: &ServeCommand, global: &Global) -> Outcome {
     let (mut config, _) = global.load_config()?;
+    config.lifecycle.keep_sandboxes |= command.keep_sandboxes;
     match global.verbose {
         0 => {}
         1 => config.log.level = "debug".to_owned(),

@@ -54,6 +54,7 @@ async fn serve(config: &Config, listener: TcpListener) -> anyhow::Result<()> {
     // Before anything is made: a signal from now on means an orderly end.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hand_over = signal(SignalKind::user_defined2())?;
     let (node, events) = Node::open(node_config(config)?).await?;
     let opened = Controller::open(controller_config(config), node.clone(), events);
     let controller = match opened {
@@ -70,20 +71,32 @@ async fn serve(config: &Config, listener: TcpListener) -> anyhow::Result<()> {
         "the platform is ready"
     );
     let stop = {
-        let controller = controller.clone();
+        let (controller, keep) = (controller.clone(), config.lifecycle.keep_sandboxes);
         async move {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-                () = controller.shutdown_requested() => {}
+            let keep = tokio::select! {
+                _ = terminate.recv() => keep,
+                _ = interrupt.recv() => keep,
+                _ = hand_over.recv() => true,
+                // Whoever asks for the platform's end by its API means all of it.
+                () = controller.shutdown_requested() => false,
+            };
+            if keep {
+                tracing::info!("leaving the sandboxes to the next `medes serve`");
+                controller.leave().await;
+            } else {
+                tracing::info!("shutting down");
+                controller.shutdown().await;
             }
-            tracing::info!("shutting down");
-            controller.shutdown().await;
         }
     };
-    let served = medes_api::serve(listener, controller, stop).await;
-    node.close().await;
-    tracing::info!("the platform has ended");
+    let served = medes_api::serve(listener, controller.clone(), stop).await;
+    if controller.is_leaving() {
+        node.leave();
+        tracing::info!("the daemon has ended; its sandboxes go on");
+    } else {
+        node.close().await;
+        tracing::info!("the platform has ended");
+    }
     served.context("serving the HTTP API")
 }
 

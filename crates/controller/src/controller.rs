@@ -88,6 +88,7 @@ impl<N: NodeApi> Controller<N> {
             table.install(0, Arc::new(deployed));
         }
         code.keep_only(|path| used.iter().any(|u| u == path))?;
+        let unwanted = table.adopt(0, &node.inherit());
 
         let inner = Arc::new(Inner {
             node,
@@ -102,6 +103,11 @@ impl<N: NodeApi> Controller<N> {
             started: Instant::now(),
             stop: watch::Sender::new(false),
         });
+        for sandbox in unwanted {
+            tracing::info!(%sandbox, "its function is no more: ended");
+            let inner = Arc::clone(&inner);
+            tokio::spawn(async move { inner.node.purge(sandbox).await });
+        }
         // The loops hold the parts weakly, so that dropping the last controller ends them.
         tokio::spawn(lifecycle(Arc::downgrade(&inner)));
         tokio::spawn(listen(Arc::downgrade(&inner), events));
@@ -131,10 +137,35 @@ impl<N: NodeApi> Controller<N> {
         let _ = stop.wait_for(|stop| *stop).await;
     }
 
+    /// Accepts no more requests, lets those that wait or run end within the grace period, and
+    /// brings every other operation to its end. Sandboxes stay as they are, for a controller that
+    /// is opened later over the same node's keeper.
+    pub async fn leave(&self) {
+        let inner = &self.inner;
+        inner.with(|t, _| t.leave());
+        inner.stop.send_replace(true);
+        let grace = Duration::from_millis(inner.config.shutdown_grace_ms);
+        if tokio::time::timeout(grace, inner.until(|t| !t.is_busy())).await.is_err() {
+            tracing::warn!("the grace period is over: requests under way end unheard");
+        }
+        inner.with(|t, _| t.refuse_waiting());
+        inner.until(|t| !t.is_operating()).await;
+    }
+
+    /// Whether [`Controller::leave`] was called.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        self.inner.with(|t, _| t.is_leaving())
+    }
+
     /// Accepts no more requests, lets those that wait or run end within the grace period, then
-    /// ends every sandbox. Returns when the node has none left. May be called more than once.
+    /// ends every sandbox. Returns when the node has none left. May be called more than once. After
+    /// [`Controller::leave`] sandboxes stay.
     pub async fn shutdown(&self) {
         let inner = &self.inner;
+        if self.is_leaving() {
+            return self.leave().await;
+        }
         inner.stop.send_replace(true);
         inner.with(|t, _| t.close());
         let grace = Duration::from_millis(inner.config.shutdown_grace_ms);
@@ -360,6 +391,7 @@ async fn listen<N: NodeApi>(inner: Weak<Inner<N>>, mut events: mpsc::UnboundedRe
     while let Some(event) = events.recv().await {
         let Some(alive) = inner.upgrade() else { return };
         match event {
+            NodeEvent::Idle { sandbox } => alive.change(|t, now| t.inherited_idle(now, sandbox)),
             NodeEvent::Gone { sandbox, how } => {
                 tracing::info!(%sandbox, %how, "a sandbox ended by itself");
                 alive.change(|t, now| t.ended_by_itself(now, sandbox));

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command as OsCommand, Stdio};
@@ -10,10 +10,12 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use medes_core::SandboxId;
+use medes_memory::descriptor::ProcessHandle;
+use medes_store::Extent;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::protocol::{self, Call, Command, Ending, Message, Reply};
+use crate::protocol::{self, Call, Command, Ending, Holding, Listed, Message, Reply, Whereabouts};
 
 /// What goes wrong between daemon and keeper.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +31,12 @@ pub enum KeeperError {
         /// The keeper's log file.
         log: PathBuf,
         /// The last error.
+        error: io::Error,
+    },
+    /// Something of the keeper's can't be taken over.
+    #[error("taking over the keeper's descriptors: {error}")]
+    Take {
+        /// What the kernel said.
         error: io::Error,
     },
     /// The connection broke.
@@ -56,6 +64,11 @@ pub enum Unasked {
         /// Whether it is watched further, for which the image has to stay.
         watched: bool,
     },
+    /// A sandbox that was busy for an earlier daemon ([`Inherited::busy`]) has come to its end.
+    Idle {
+        /// The sandbox.
+        sandbox: SandboxId,
+    },
     /// A sandbox ended while nobody waited for it.
     Ended {
         /// The sandbox.
@@ -64,6 +77,46 @@ pub enum Unasked {
         how: Ending,
     },
 }
+
+/// What a keeper hands over to a new daemon.
+#[derive(Debug)]
+pub struct Inheritance {
+    /// The page store's memory file.
+    pub store: OwnedFd,
+    /// The name of the cgroups that the keeper uses.
+    pub cgroup: String,
+    /// Every sandbox.
+    pub sandboxes: Vec<Inherited>,
+}
+
+/// A sandbox that an earlier daemon started.
+#[derive(Debug)]
+pub struct Inherited {
+    /// Its identity.
+    pub sandbox: SandboxId,
+    /// What that daemon had to say of it ([`Start::label`](crate::protocol::Start::label)).
+    pub label: Vec<u8>,
+    /// Whether it starts or serves a request, for nobody any more; [`Unasked::Idle`] follows.
+    pub busy: bool,
+    /// What its memory depends on; `None` if it has all of its own.
+    pub memory: Option<InheritedMemory>,
+}
+
+/// What a sandbox's memory depends on.
+#[derive(Debug)]
+pub struct InheritedMemory {
+    /// Where its image lies in the page store.
+    pub image: Extent,
+    /// For each process of the image, in order, its userfaultfd; empty if they are not the same
+    /// any more.
+    pub userfaults: Vec<OwnedFd>,
+    /// The number of the restore since which it runs; `None` if it is frozen, its memory away.
+    pub restore: Option<u64>,
+}
+
+/// How long a keeper may take to hand over. It waits for the end of the daemon before, which may
+/// have a lot of memory to give back.
+const TAKE_OVER_LIMIT: Duration = Duration::from_secs(15);
 
 /// A connection to a running keeper. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -105,7 +158,8 @@ impl Keeper {
             .process_group(0)
             .spawn()
             .map_err(KeeperError::Spawn)?;
-        let connected = Self::connect(socket, log, store, news).await;
+        let connected = Self::connect(socket, log, Some(store), news).await;
+        let connected = connected.map(|(keeper, ..)| keeper);
         if connected.is_err() {
             let _ = child.kill();
         }
@@ -114,16 +168,44 @@ impl Keeper {
         connected
     }
 
-    /// Connects to a keeper that is running or about to, and introduces the daemon.
+    /// Takes over a keeper whose daemon is gone: connects, and has the keeper tell of everything
+    /// that it holds. `news` hears of what happens from then on.
     ///
     /// # Errors
-    /// When nobody answers within three seconds, or the versions differ.
-    pub async fn connect(
+    /// When it does not answer in time, or speaks another version of the protocol.
+    pub async fn take_over(
         socket: &Path,
         log: &Path,
-        store: BorrowedFd<'_>,
         news: mpsc::UnboundedSender<Unasked>,
-    ) -> Result<Self, KeeperError> {
+    ) -> Result<(Self, Inheritance), KeeperError> {
+        let slow = || KeeperError::Connect {
+            socket: socket.to_owned(),
+            log: log.to_owned(),
+            error: io::ErrorKind::TimedOut.into(),
+        };
+        let taken = async {
+            let (keeper, store, cgroup) = Self::connect(socket, log, None, news).await?;
+            let Reply::Listed(sandboxes) = keeper.call(Command::List).await? else {
+                return Err(KeeperError::Protocol);
+            };
+            let taking = |error| KeeperError::Take { error };
+            let process = ProcessHandle::open(keeper.pid).map_err(taking)?;
+            let store = process.take_descriptor(store).map_err(taking)?;
+            let sandboxes = sandboxes.into_iter().map(|s| inherit(&process, s)).collect();
+            keeper.order(Command::Taken).await?;
+            Ok((keeper, Inheritance { store, cgroup, sandboxes }))
+        };
+        tokio::time::timeout(TAKE_OVER_LIMIT, taken).await.unwrap_or_else(|_| Err(slow()))
+    }
+
+    /// Connects to a keeper that is running or about to, and introduces the daemon. Also returns
+    /// the keeper's descriptor of the page store and the name of its cgroups.
+    async fn connect(
+        socket: &Path,
+        log: &Path,
+        store: Option<BorrowedFd<'_>>,
+        news: mpsc::UnboundedSender<Unasked>,
+    ) -> Result<(Self, i32, String), KeeperError> {
         let mut tries = 0;
         let stream = loop {
             match UnixStream::connect(socket).await {
@@ -142,14 +224,16 @@ impl Keeper {
         let hello = Command::Hello {
             version: protocol::VERSION,
             pid: std::process::id() as i32,
-            store: store.as_raw_fd(),
+            store: store.map(|store| store.as_raw_fd()),
         };
         match keeper.call(hello).await? {
-            Reply::Hello { version: protocol::VERSION, pid } => keeper.pid = pid,
-            Reply::Refused(why) => return Err(KeeperError::Refused(why)),
-            _ => return Err(KeeperError::Protocol),
+            Reply::Hello { version: protocol::VERSION, pid, store, cgroup } => {
+                keeper.pid = pid;
+                Ok((keeper, store, cgroup))
+            }
+            Reply::Refused(why) => Err(KeeperError::Refused(why)),
+            _ => Err(KeeperError::Protocol),
         }
-        Ok(keeper)
     }
 
     fn over(stream: UnixStream, news: mpsc::UnboundedSender<Unasked>) -> Self {
@@ -175,6 +259,9 @@ impl Keeper {
                     }
                     Ok(Some(Message::Ended { sandbox, how })) => {
                         let _ = news.send(Unasked::Ended { sandbox, how });
+                    }
+                    Ok(Some(Message::Idle { sandbox })) => {
+                        let _ = news.send(Unasked::Idle { sandbox });
                     }
                     Ok(Some(Message::Filled { sandbox, number, watched })) => {
                         let _ = news.send(Unasked::Filled { sandbox, number, watched });
@@ -239,6 +326,23 @@ impl Keeper {
         self.calls.send(frame).map_err(|_| KeeperError::Lost)?;
         Ok(answered)
     }
+}
+
+/// Takes what the keeper says it has of a sandbox.
+fn inherit(keeper: &ProcessHandle, listed: Listed) -> Inherited {
+    let take = |holding: Holding, restore| {
+        let userfaults = holding.userfaults.iter().map(|number| keeper.take_descriptor(*number));
+        // Without them the next dedup costs more; nothing else.
+        let userfaults = userfaults.collect::<io::Result<_>>().unwrap_or_default();
+        InheritedMemory { image: holding.image, userfaults, restore }
+    };
+    let memory = match listed.memory {
+        Whereabouts::Present => None,
+        Whereabouts::Away(holding) => Some(take(holding, None)),
+        Whereabouts::Returning(number, holding) => Some(take(holding, Some(number))),
+    };
+    let Listed { sandbox, label, busy, .. } = listed;
+    Inherited { sandbox, label, busy, memory }
 }
 
 fn done(reply: Reply) -> Result<(), KeeperError> {

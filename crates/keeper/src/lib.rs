@@ -7,8 +7,13 @@
 //! socket ([`protocol`]) and reports what sandboxes do; it knows no function, no schedule, no
 //! fingerprint.
 //!
+//! When the daemon's connection ends, the keeper by itself puts right what the daemon left in the
+//! middle, and lets requests come to their end; the next daemon asks what there is
+//! ([`Keeper::take_over`]) and goes on from there.
+//!
 //! [`run`] is the keeper itself; [`Keeper`] is the daemon's handle of it.
 
+mod caller;
 mod client;
 pub mod logs;
 pub mod protocol;
@@ -17,5 +22,5 @@ mod sandbox;
 mod server;
 mod spawner;
 
-pub use client::{Keeper, KeeperError, Unasked};
+pub use client::{Inheritance, Inherited, InheritedMemory, Keeper, KeeperError, Unasked};
 pub use server::{KeeperConfig, run};

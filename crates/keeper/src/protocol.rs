@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Changed whenever the messages change: a daemon does not talk to a keeper of another version.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The longest frame, bytes: a request's payload and its head.
 const MAX_FRAME: u32 = 16 * 1024 * 1024;
@@ -35,15 +35,21 @@ pub struct Call {
 /// What the daemon may ask.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Command {
-    /// The first message: who calls, and where the page store's memory file is.
+    /// The first message: who calls, and where the page store's memory file is. If another daemon
+    /// was there before, everything that it left unfinished is put right before this is answered.
     Hello {
         /// The daemon's protocol version.
         version: u32,
         /// The daemon's process.
         pid: i32,
-        /// The memory file's descriptor in that process.
-        store: i32,
+        /// The memory file's descriptor in that process; `None` to take over the one that the
+        /// keeper has.
+        store: Option<i32>,
     },
+    /// Tell of all sandboxes.
+    List,
+    /// The descriptors that [`Command::List`] was answered with have been taken.
+    Taken,
     /// Make a sandbox and wait until its runtime asks for work.
     Start(Box<Start>),
     /// Hand a request to a sandbox and wait for the answer.
@@ -122,6 +128,44 @@ pub struct Start {
     pub log_bytes: u64,
     /// Names the working set that this sandbox shares with others of the same layout.
     pub working_set: u64,
+    /// How long the start may take if the daemon does not live to see its end, milliseconds.
+    pub limit_ms: u64,
+    /// What the daemon wants to know of the sandbox when it has forgotten everything else.
+    pub label: Vec<u8>,
+}
+
+/// A sandbox, as a new daemon is told of it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Listed {
+    /// Its identity.
+    pub sandbox: SandboxId,
+    /// What the daemon that started it had to say of it ([`Start::label`]).
+    pub label: Vec<u8>,
+    /// Whether it starts or serves a request, for nobody any more; [`Message::Idle`] follows.
+    pub busy: bool,
+    /// Where its memory is.
+    pub memory: Whereabouts,
+}
+
+/// Where a sandbox's memory is.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Whereabouts {
+    /// Where it belongs.
+    Present,
+    /// Away; the sandbox is frozen.
+    Away(Holding),
+    /// On its way back, or back and watched, since the restore of this number.
+    Returning(u64, Holding),
+}
+
+/// What the keeper has of a sandbox.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Holding {
+    /// Where its image lies in the page store.
+    pub image: Extent,
+    /// For each process of the image, in order: the keeper's descriptor of the userfaultfd, good
+    /// until [`Command::Taken`]. Empty if there are others by now.
+    pub userfaults: Vec<i32>,
 }
 
 /// From the keeper.
@@ -143,6 +187,11 @@ pub enum Message {
         /// Whether it is watched further, so that the sandbox's next dedup is cheap
         /// ([`Command::Suspend`]). The image has to stay as long.
         watched: bool,
+    },
+    /// A sandbox that was busy for nobody any more has come to its end, and waits for requests.
+    Idle {
+        /// The sandbox.
+        sandbox: SandboxId,
     },
     /// A sandbox ended while nobody waited for it.
     Ended {
@@ -166,7 +215,13 @@ pub enum Reply {
         version: u32,
         /// The keeper's process.
         pid: i32,
+        /// The memory file's descriptor in that process.
+        store: i32,
+        /// The name of the cgroups that it uses.
+        cgroup: String,
     },
+    /// To [`Command::List`].
+    Listed(Vec<Listed>),
     /// To [`Command::Start`]: what came of it.
     Started(Started),
     /// To [`Command::Invoke`].

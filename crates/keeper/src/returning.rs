@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
@@ -14,6 +15,7 @@ use medes_agent::RestoreError;
 use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Revived, Served};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::{Prefetch, WorkingSet};
+use medes_store::Extent;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 /// Threads that answer faults.
@@ -226,6 +228,32 @@ impl Returning {
     pub(crate) fn tracks_writes(&self) -> bool {
         let spaces = lock(&self.spaces);
         !spaces.is_empty() && spaces.iter().all(|watch| watch.space.tracks_writes())
+    }
+
+    /// Where the image lies; `None` if all is back and nothing is watched.
+    pub(crate) fn image(&self) -> Option<Extent> {
+        self.all_spaces().first().map(|space| space.image())
+    }
+
+    /// The userfaultfds of the image's processes, in order; none if not all are watched.
+    pub(crate) fn userfaults(&self) -> Vec<OwnedFd> {
+        let mut spaces = self.all_spaces();
+        spaces.retain(|space| !space.is_child());
+        spaces.sort_unstable_by_key(|space| space.process());
+        if spaces.len() != self.processes {
+            return Vec::new();
+        }
+        let duplicates = spaces
+            .iter()
+            .map(|space| space.with_descriptor(|descriptor| descriptor.try_clone_to_owned()));
+        duplicates.collect::<Result<_, _>>().unwrap_or_default()
+    }
+
+    fn all_spaces(&self) -> Vec<Arc<AddressSpace>> {
+        let mut spaces: Vec<_> =
+            lock(&self.spaces).iter().map(|watch| Arc::clone(&watch.space)).collect();
+        spaces.extend(lock(&self.suspended).iter().map(Arc::clone));
+        spaces
     }
 
     /// Whether filling in the rest was begun and stopped in the middle.

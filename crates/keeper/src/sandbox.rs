@@ -2,23 +2,27 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use medes_agent::dedup::let_run;
 use medes_agent::restore::{HeldImage, RestoreBuffers};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::WorkingSet;
 use medes_core::SandboxId;
+use medes_memory::session::{Freezer, on_tracer_thread};
+use medes_runtime::lambda::deadline_ms;
 use medes_runtime::{LambdaApi, Request, RuntimeEvent};
-use medes_sandbox::{Exit, Running};
+use medes_sandbox::{Cgroup, Exit, Running};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
 use tokio::sync::{Notify, mpsc, oneshot};
 
+use crate::caller::Caller;
 use crate::logs::{LogWriter, MAX_LINE};
-use crate::protocol::{Answer, Ending, Restored, Started};
+use crate::protocol::{Answer, Ending, Holding, Listed, Restored, Started, Whereabouts};
 use crate::returning::{Returning, Service};
 use crate::spawner::Spawned;
 
@@ -27,6 +31,8 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How long a runtime may take from its answer until it asks for the next request. It takes a
 /// millisecond, unless the machine is busy.
 const IDLE_LIMIT: Duration = Duration::from_millis(500);
+/// How long a sandbox that is being frozen may take for it.
+const FREEZE_LIMIT: Duration = Duration::from_secs(2);
 
 /// A sandbox: its process, its Runtime API, and who waits for it.
 pub(crate) struct Held {
@@ -39,15 +45,27 @@ pub(crate) struct Held {
     tell: Arc<dyn Fn(News) + Send + Sync>,
     /// Told whenever the runtime asks for a request, and at the end.
     asked: Notify,
+    label: Vec<u8>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
+    /// Whoever waits is told.
     starting: Option<oneshot::Sender<Started>>,
     pending: Option<oneshot::Sender<Answer>>,
+    /// When what is under way must have come to its end, if nobody waits for it any more.
+    deadline: Option<tokio::time::Instant>,
+    orphan: Option<Orphan>,
     memory: Memory,
     ended: Option<Ending>,
+}
+
+/// What a sandbox does though the daemon that wanted it is gone.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Orphan {
+    Start,
+    Request,
 }
 
 /// Where a sandbox's memory is.
@@ -70,6 +88,8 @@ pub(crate) enum News {
     /// All its memory is back after the restore with this number, and whether it is watched
     /// further.
     Filled(u64, bool),
+    /// What it did for a daemon that is gone has come to its end.
+    Idle,
     /// It has ended and nothing is left of it; how, if nobody has heard it yet.
     Ended(Option<Ending>),
 }
@@ -80,6 +100,8 @@ pub(crate) struct Settings {
     pub(crate) log: PathBuf,
     pub(crate) log_bytes: u64,
     pub(crate) working_set: u64,
+    pub(crate) limit: Duration,
+    pub(crate) label: Vec<u8>,
 }
 
 /// What all sandboxes of a keeper share.
@@ -101,7 +123,7 @@ impl Held {
         tell: impl Fn(News) + Send + Sync + 'static,
     ) -> std::io::Result<Arc<Self>> {
         let Spawned { running, listener, output } = spawned;
-        let Settings { id, log, log_bytes, working_set } = settings;
+        let Settings { id, log, log_bytes, working_set, limit, label } = settings;
         let tell: Arc<dyn Fn(News) + Send + Sync> = Arc::new(tell);
         let (events, received) = mpsc::unbounded_channel();
         let api = LambdaApi::new(events);
@@ -113,10 +135,13 @@ impl Held {
         let exit = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }
             .map_err(std::io::Error::from)?;
         let pump = tokio::spawn(pump(id, output, LogWriter::new(log, log_bytes))?);
-        let state = Mutex::new(State { starting: Some(starting), ..State::default() });
+        let deadline = tokio::time::Instant::now().checked_add(limit);
+        let state = State { starting: Some(starting), deadline, ..State::default() };
+        let state = Mutex::new(state);
         let news = Arc::clone(&tell);
         let asked = Notify::new();
-        let held = Arc::new(Self { id, common, api, running, working_set, tell, asked, state });
+        let held =
+            Arc::new(Self { id, common, api, running, working_set, tell, asked, label, state });
         let watched = Arc::clone(&held);
         tokio::spawn(async move {
             let unheard = watched.supervise(received, exit).await;
@@ -182,6 +207,9 @@ impl Held {
                 self.asked.notify_waiters();
                 if let Some(starting) = state.starting.take() {
                     let _ = starting.send(Started::Ready);
+                } else if state.orphan == Some(Orphan::Start) {
+                    state.orphan = None;
+                    (self.tell)(News::Idle);
                 }
                 return;
             }
@@ -199,6 +227,9 @@ impl Held {
         };
         if let Some(pending) = state.pending.take() {
             let _ = pending.send(answer);
+        } else if state.orphan == Some(Orphan::Request) {
+            state.orphan = None;
+            (self.tell)(News::Idle);
         }
         if let Memory::Returning(memory) = &state.memory {
             let memory = Arc::clone(memory);
@@ -267,10 +298,12 @@ impl Held {
     /// Hands a request to the runtime; the answer goes to `answer`.
     pub(crate) fn invoke(
         &self,
+        caller: &Caller,
         request: Request,
         answer: oneshot::Sender<Answer>,
     ) -> Result<(), String> {
         let mut state = self.lock();
+        caller.check()?;
         if let Some(ending) = &state.ended {
             let _ = answer.send(Answer::Ended(ending.clone()));
             return Ok(());
@@ -282,8 +315,10 @@ impl Held {
             }
             Memory::Suspended(_) => return Err("the sandbox is being deduplicated".into()),
         }
+        let left = request.deadline_ms.saturating_sub(deadline_ms(0));
         self.api.send(request).map_err(|busy| busy.to_string())?;
         state.pending = Some(answer);
+        state.deadline = tokio::time::Instant::now().checked_add(Duration::from_millis(left));
         Ok(())
     }
 
@@ -317,8 +352,14 @@ impl Held {
 
     /// Takes what brings the sandbox's memory back. `written` is, for each of its processes, what
     /// requests have written to since the restore before.
-    pub(crate) fn hold(&self, image: HeldImage, written: &[Vec<Range<u64>>]) -> Result<(), String> {
+    pub(crate) fn hold(
+        &self,
+        caller: &Caller,
+        image: HeldImage,
+        written: &[Vec<Range<u64>>],
+    ) -> Result<(), String> {
         let mut state = self.lock();
+        caller.check()?;
         if state.ended.is_some() {
             return Err("the sandbox has ended".into());
         }
@@ -344,19 +385,26 @@ impl Held {
     }
 
     /// Lets go of it again.
-    pub(crate) fn release(&self) {
+    pub(crate) fn release(&self, caller: &Caller) -> Result<(), String> {
         let mut state = self.lock();
+        caller.check()?;
         state.memory = match std::mem::take(&mut state.memory) {
             Memory::Held(_, None) => Memory::Present,
             Memory::Held(_, Some(before)) => Memory::Suspended(before),
             other => other,
         };
+        Ok(())
     }
 
     /// Stops serving the memory of the sandbox, which must be frozen, and says what of its image is
     /// still its own, process by process. Blocks.
-    pub(crate) fn suspend(&self, buffers: &mut RestoreBuffers) -> Result<Vec<SpaceView>, String> {
+    pub(crate) fn suspend(
+        &self,
+        caller: &Caller,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<Vec<SpaceView>, String> {
         let mut state = self.lock();
+        caller.check()?;
         let memory = match &state.memory {
             Memory::Returning(memory) => Arc::clone(memory),
             _ => return Err("the sandbox's memory is not watched".into()),
@@ -391,10 +439,12 @@ impl Held {
     /// sandbox is killed: it may not run with missing pages that nobody brings. Blocks.
     pub(crate) fn restore(
         &self,
+        caller: &Caller,
         fill: bool,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
         let mut state = self.lock();
+        caller.check()?;
         let image = match std::mem::take(&mut state.memory) {
             // What there was before is gone for good.
             Memory::Held(image, _) => image,
@@ -456,8 +506,93 @@ impl Held {
         if !self.common.service.complete(&memory, buffers) {
             return Err("the sandbox has ended".into());
         }
-        self.settled(&memory, false);
+        if self.settled(&memory, false) {
+            (self.tell)(News::Filled(memory.number(), false));
+        }
         Ok(())
+    }
+
+    /// The daemon is gone: whatever it left unfinished comes to a state that another daemon can go
+    /// on from. Blocks.
+    pub(crate) fn orphan(self: &Arc<Self>) {
+        let (suspended, held) = {
+            let mut state = self.lock();
+            if state.ended.is_some() {
+                return;
+            }
+            let starting = state.starting.take().map(|_| Orphan::Start);
+            let pending = state.pending.take().map(|_| Orphan::Request);
+            if let Some(orphan) = starting.or(pending) {
+                state.orphan = Some(orphan);
+                if let Some(deadline) = state.deadline {
+                    tokio::spawn(Arc::clone(self).end_at(deadline));
+                }
+            }
+            (matches!(state.memory, Memory::Suspended(_)), matches!(state.memory, Memory::Held(..)))
+        };
+        let cgroup = self.running.cgroup();
+        let is_to_be_frozen = cgroup.is_to_be_frozen().unwrap_or(false);
+        if held && !is_to_be_frozen {
+            // It would run without the memory that has gone.
+            tracing::error!(sandbox = %self.id, "not frozen, without its memory: it is killed");
+            self.kill();
+        }
+        if held {
+            return;
+        }
+        if suspended && let Err(error) = self.resume() {
+            tracing::error!(sandbox = %self.id, error, "it is killed");
+            return;
+        }
+        if is_to_be_frozen && let Err(error) = on_tracer_thread(|| let_run(&mut Group(cgroup))) {
+            tracing::error!(sandbox = %self.id, %error, "it can't be thawed and is killed");
+            self.kill();
+        }
+    }
+
+    /// Kills the sandbox if it is still busy for nobody at its deadline.
+    async fn end_at(self: Arc<Self>, deadline: tokio::time::Instant) {
+        tokio::time::sleep_until(deadline).await;
+        let overdue = {
+            let state = self.lock();
+            state.orphan.is_some() && state.deadline == Some(deadline)
+        };
+        if overdue {
+            tracing::info!(sandbox = %self.id, "out of time; killed");
+            self.kill();
+        }
+    }
+
+    /// What another daemon has to know; `None` if it has ended. The descriptors named are put into
+    /// `descriptors`, so that they stay what they are.
+    pub(crate) fn list(&self, descriptors: &mut Vec<OwnedFd>) -> Option<Listed> {
+        let state = self.lock();
+        if state.ended.is_some() {
+            return None;
+        }
+        let mut keep = |userfaults: Vec<OwnedFd>| {
+            let numbers = userfaults.iter().map(AsRawFd::as_raw_fd).collect();
+            descriptors.extend(userfaults);
+            numbers
+        };
+        let memory = match &state.memory {
+            Memory::Present => Whereabouts::Present,
+            Memory::Held(image, _) => {
+                let userfaults = image.userfaults().iter().map(OwnedFd::try_clone);
+                let userfaults = keep(userfaults.collect::<Result<_, _>>().unwrap_or_default());
+                Whereabouts::Away(Holding { image: image.image(), userfaults })
+            }
+            Memory::Returning(memory) | Memory::Suspended(memory) => match memory.image() {
+                Some(image) => {
+                    let userfaults = keep(memory.userfaults());
+                    Whereabouts::Returning(memory.number(), Holding { image, userfaults })
+                }
+                // All of it has just come back.
+                None => Whereabouts::Present,
+            },
+        };
+        let busy = state.orphan.is_some() || state.starting.is_some() || state.pending.is_some();
+        Some(Listed { sandbox: self.id, label: self.label.clone(), busy, memory })
     }
 
     /// How many faults were answered, and pages put back, since the newest restore.
@@ -470,6 +605,23 @@ impl Held {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A sandbox's processes as a group that can be frozen.
+struct Group<'a>(&'a Cgroup);
+
+impl Freezer for Group<'_> {
+    fn freeze(&mut self) -> std::io::Result<()> {
+        self.0.freeze(FREEZE_LIMIT).map_err(std::io::Error::other)
+    }
+
+    fn thaw(&mut self) -> std::io::Result<()> {
+        self.0.thaw().map_err(std::io::Error::other)
+    }
+
+    fn processes(&mut self) -> std::io::Result<Vec<i32>> {
+        self.0.processes().map_err(std::io::Error::other)
     }
 }
 

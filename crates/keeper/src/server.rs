@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use medes_agent::restore::{HeldImage, RestoreBuffers};
 use medes_core::SandboxId;
-use medes_memory::descriptor::take_descriptor;
 use medes_memory::guard::Guard;
 use medes_sandbox::CgroupRoot;
 use medes_store::{Extent, View};
@@ -16,7 +17,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::protocol::{self, Call, Command, Message, Reply, Start, Started, VERSION};
+use crate::caller::Caller;
+use crate::protocol::{self, Call, Command, Listed, Message, Reply, Start, Started, VERSION};
 use crate::returning::Service;
 use crate::sandbox::{Common, Held, News, Settings};
 use crate::spawner::Spawner;
@@ -53,7 +55,10 @@ async fn serve(config: &KeeperConfig) -> io::Result<()> {
         spawner: Spawner::new(root)?,
         common: Arc::new(Common { service: Service::start()?, working_sets: Mutex::default() }),
         sandboxes: Mutex::default(),
+        cgroup: config.cgroup.clone(),
         daemon: Mutex::default(),
+        handover: tokio::sync::Mutex::default(),
+        listed: Mutex::default(),
         store: Mutex::default(),
         buffers: Mutex::default(),
         stop: Notify::new(),
@@ -71,7 +76,7 @@ async fn serve(config: &KeeperConfig) -> io::Result<()> {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accepting the daemon's connection");
-                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                    tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             },
             _ = interrupt.recv() => {}
@@ -124,18 +129,18 @@ struct Shared {
     spawner: Spawner,
     common: Arc<Common>,
     sandboxes: Mutex<HashMap<SandboxId, Arc<Held>>>,
-    /// Where reports go: the newest connection.
-    daemon: Mutex<Option<mpsc::UnboundedSender<Message>>>,
-    store: Mutex<Option<Store>>,
+    cgroup: String,
+    /// The daemon: who said hello last.
+    daemon: Mutex<Option<Arc<Caller>>>,
+    /// Held while one daemon's things are put right for the next.
+    handover: tokio::sync::Mutex<()>,
+    /// The page store's memory file.
+    store: Mutex<Option<Arc<View>>>,
+    /// Descriptors that a new daemon is about to take.
+    listed: Mutex<Vec<OwnedFd>>,
     /// As many as there ever were restores at the same time.
     buffers: Mutex<Vec<RestoreBuffers>>,
     stop: Notify,
-}
-
-#[derive(Clone)]
-struct Store {
-    view: Arc<View>,
-    daemon: i32,
 }
 
 impl Shared {
@@ -150,35 +155,62 @@ impl Shared {
                 }
             }
         });
+        let caller = Arc::new(Caller::new(messages));
         loop {
             match protocol::read::<Call>(&mut from).await {
                 Ok(Some(Call { number, command })) => {
-                    if let Command::Hello { .. } = command {
-                        *lock(&self.daemon) = Some(messages.clone());
-                    }
-                    let (shared, messages) = (Arc::clone(&self), messages.clone());
+                    let (shared, caller) = (Arc::clone(&self), Arc::clone(&caller));
                     tokio::spawn(async move {
-                        let reply = shared.obey(command).await;
-                        let _ = messages.send(Message::Reply { number, reply });
+                        let reply = shared.obey(&caller, command).await;
+                        caller.tell(Message::Reply { number, reply });
                     });
                 }
-                Ok(None) => return,
+                Ok(None) => break,
                 Err(error) => {
                     tracing::warn!(%error, "reading from the daemon");
-                    return;
+                    break;
                 }
             }
         }
+        let _handover = self.handover.lock().await;
+        self.end_daemon(|daemon| Arc::ptr_eq(daemon, &caller)).await;
     }
 
-    async fn obey(self: Arc<Self>, command: Command) -> Reply {
+    /// If there is a daemon and it is the one that is `meant`, does without it from now on.
+    async fn end_daemon(self: &Arc<Self>, meant: impl FnOnce(&Arc<Caller>) -> bool) {
+        let Some(daemon) = lock(&self.daemon).take_if(|daemon| meant(daemon)) else { return };
+        let shared = Arc::clone(self);
+        let ended = tokio::task::spawn_blocking(move || {
+            daemon.end();
+            lock(&shared.listed).clear();
+            let sandboxes: Vec<_> = lock(&shared.sandboxes).values().map(Arc::clone).collect();
+            tracing::info!(sandboxes = sandboxes.len(), "the daemon is gone");
+            sandboxes.iter().for_each(Held::orphan);
+        });
+        if let Err(error) = ended.await {
+            tracing::error!(%error, "putting right what the daemon left");
+        }
+    }
+
+    async fn obey(self: Arc<Self>, caller: &Arc<Caller>, command: Command) -> Reply {
         match command {
-            Command::Hello { version, pid, store } => self.hello(version, pid, store),
-            Command::Start(start) => Reply::Started(self.start(*start).await),
+            Command::Hello { version, pid, store } => {
+                let hello = self.hello(caller, version, pid, store).await;
+                hello.unwrap_or_else(Reply::Refused)
+            }
+            Command::List => {
+                let listed = tokio::task::spawn_blocking(move || self.list()).await;
+                listed.map_or_else(|e| Reply::Refused(e.to_string()), Reply::Listed)
+            }
+            Command::Taken => {
+                lock(&self.listed).clear();
+                Reply::Done
+            }
+            Command::Start(start) => Reply::Started(self.start(caller, *start).await),
             Command::Invoke { sandbox, request } => {
                 let (answer, answered) = oneshot::channel();
                 let sent = self.find(sandbox).and_then(|held| {
-                    held.invoke(request, answer)?;
+                    held.invoke(caller, request, answer)?;
                     Ok(held)
                 });
                 match sent {
@@ -198,19 +230,24 @@ impl Shared {
                 Err(why) => Reply::Refused(why),
             },
             Command::Hold { sandbox, image, userfaults, written } => {
-                done(self.hold(sandbox, image, &userfaults, &written))
+                done(self.hold(caller, sandbox, image, &userfaults, &written))
             }
-            Command::Release { sandbox } => done(self.find(sandbox).map(|held| held.release())),
+            Command::Release { sandbox } => {
+                done(self.find(sandbox).and_then(|held| held.release(caller)))
+            }
             Command::Restore { sandbox, fill } => {
+                let caller = Arc::clone(caller);
                 let restored =
-                    self.with_buffers(sandbox, move |held, b| held.restore(fill, b)).await;
+                    self.with_buffers(sandbox, move |held, b| held.restore(&caller, fill, b)).await;
                 restored.map_or_else(Reply::Refused, Reply::Restored)
             }
             Command::Complete { sandbox } => {
                 done(self.with_buffers(sandbox, |held, b| held.complete(b)).await)
             }
             Command::Suspend { sandbox } => {
-                let views = self.with_buffers(sandbox, |held, b| held.suspend(b)).await;
+                let caller = Arc::clone(caller);
+                let views =
+                    self.with_buffers(sandbox, move |held, b| held.suspend(&caller, b)).await;
                 views.map_or_else(Reply::Refused, Reply::Suspended)
             }
             Command::Resume { sandbox } => {
@@ -224,22 +261,47 @@ impl Shared {
         }
     }
 
-    fn hello(&self, version: u32, daemon: i32, store: i32) -> Reply {
-        if version == VERSION {
-            let view = take_descriptor(daemon, store).and_then(View::open);
-            match view {
-                Ok(view) => {
-                    *lock(&self.store) = Some(Store { view: Arc::new(view), daemon });
-                }
-                Err(error) => return Reply::Refused(format!("mapping the page store: {error}")),
-            }
+    async fn hello(
+        self: &Arc<Self>,
+        caller: &Arc<Caller>,
+        version: u32,
+        pid: i32,
+        store: Option<i32>,
+    ) -> Result<Reply, String> {
+        let own = std::process::id() as i32;
+        if version != VERSION {
+            let cgroup = self.cgroup.clone();
+            return Ok(Reply::Hello { version: VERSION, pid: own, store: -1, cgroup });
         }
-        Reply::Hello { version: VERSION, pid: std::process::id() as i32 }
+        caller.introduce(pid)?;
+        let _handover = self.handover.lock().await;
+        self.end_daemon(|_| true).await;
+        if let Some(store) = store {
+            if !lock(&self.sandboxes).is_empty() {
+                return Err("there are sandboxes with another page store".into());
+            }
+            let view = View::open(caller.take_descriptor(store)?);
+            let view = view.map_err(|e| format!("mapping the page store: {e}"))?;
+            *lock(&self.store) = Some(Arc::new(view));
+        }
+        let store = lock(&self.store).as_ref().map(|view| view.descriptor().as_raw_fd());
+        let store = store.ok_or("there is no page store")?;
+        *lock(&self.daemon) = Some(Arc::clone(caller));
+        Ok(Reply::Hello { version: VERSION, pid: own, store, cgroup: self.cgroup.clone() })
     }
 
-    async fn start(self: &Arc<Self>, start: Start) -> Started {
-        let Start { sandbox, spec, port, log, log_bytes, working_set } = start;
-        let settings = Settings { id: sandbox, log, log_bytes, working_set };
+    fn list(&self) -> Vec<Listed> {
+        let sandboxes: Vec<_> = lock(&self.sandboxes).values().map(Arc::clone).collect();
+        let mut descriptors = Vec::new();
+        let listed = sandboxes.iter().filter_map(|held| held.list(&mut descriptors)).collect();
+        *lock(&self.listed) = descriptors;
+        listed
+    }
+
+    async fn start(self: &Arc<Self>, caller: &Caller, start: Start) -> Started {
+        let Start { sandbox, spec, port, log, log_bytes, working_set, limit_ms, label } = start;
+        let limit = Duration::from_millis(limit_ms);
+        let settings = Settings { id: sandbox, log, log_bytes, working_set, limit, label };
         let spawned = match self.spawner.spawn(spec, port).await {
             Ok(spawned) => spawned,
             Err(why) => return Started::Failed(why),
@@ -249,6 +311,7 @@ impl Shared {
         let tell = move |news| {
             let message = match news {
                 News::Filled(number, watched) => Message::Filled { sandbox, number, watched },
+                News::Idle => Message::Idle { sandbox },
                 News::Ended(unheard) => {
                     lock(&shared.sandboxes).remove(&sandbox);
                     let Some(how) = unheard else { return };
@@ -256,13 +319,16 @@ impl Shared {
                 }
             };
             if let Some(daemon) = lock(&shared.daemon).as_ref() {
-                let _ = daemon.send(message);
+                daemon.tell(message);
             }
         };
         {
             // Held from before the sandbox can end until it is in the table, so that its end
             // finds it there.
             let mut sandboxes = lock(&self.sandboxes);
+            if let Err(why) = caller.check() {
+                return Started::Failed(why);
+            }
             match Held::take(Arc::clone(&self.common), spawned, settings, starting, tell) {
                 Ok(held) => sandboxes.insert(sandbox, held),
                 Err(error) => return Started::Failed(error.to_string()),
@@ -273,19 +339,17 @@ impl Shared {
 
     fn hold(
         &self,
+        caller: &Caller,
         sandbox: SandboxId,
         image: Extent,
         userfaults: &[i32],
         written: &[Vec<Range<u64>>],
     ) -> Result<(), String> {
         let held = self.find(sandbox)?;
-        let store = lock(&self.store).clone().ok_or("no page store: say hello first")?;
-        let userfaults: Result<Vec<_>, _> =
-            userfaults.iter().map(|fd| take_descriptor(store.daemon, *fd)).collect();
-        let userfaults = userfaults.map_err(|e| format!("taking a userfaultfd: {e}"))?;
-        let image =
-            HeldImage::open(store.view, image, userfaults).map_err(|error| error.to_string())?;
-        held.hold(image, written)
+        let view = lock(&self.store).clone().ok_or("no page store: say hello first")?;
+        let userfaults = userfaults.iter().map(|number| caller.take_descriptor(*number));
+        let image = HeldImage::open(view, image, userfaults.collect::<Result<_, _>>()?);
+        held.hold(caller, image.map_err(|error| error.to_string())?, written)
     }
 
     /// Runs `work` where it may block, with buffers that earlier work has used, if there are any.
@@ -318,7 +382,7 @@ impl Shared {
             if lock(&self.sandboxes).is_empty() {
                 return;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
         tracing::error!("sandboxes are left that could not be killed");
     }

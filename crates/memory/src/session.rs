@@ -173,6 +173,13 @@ impl<F: Freezer> Session<F> {
         self.processes.iter_mut().find(|process| process.pid() == pid)
     }
 
+    /// Has all processes killed when the calling thread dies, until they are let go. The calls that
+    /// inject something do this by themselves; to be called before somebody else is told that
+    /// memory is about to go.
+    pub fn kill_with_tracer(&self) {
+        self.processes.iter().for_each(SeizedProcess::kill_with_tracer);
+    }
+
     /// Makes a userfaultfd of one of the processes.
     ///
     /// # Errors
@@ -182,8 +189,7 @@ impl<F: Freezer> Session<F> {
         pid: i32,
         options: &UserFaultOptions,
     ) -> Result<UserFault, CreateError> {
-        // From the first injected call on, all end with us or none does.
-        self.processes.iter().for_each(SeizedProcess::kill_with_tracer);
+        self.kill_with_tracer();
         let process = self.process(pid).ok_or(CreateError::Inject(InjectError::Gone(pid)))?;
         UserFault::create(process, options)
     }
@@ -209,6 +215,7 @@ impl<F: Freezer> Session<F> {
         userfault: &mut UserFault,
         eviction: &Eviction,
     ) -> Result<Evicted, EvictError> {
+        self.kill_with_tracer();
         let process = self
             .processes
             .iter_mut()
@@ -255,8 +262,18 @@ impl<F: Freezer> Session<F> {
             return self.end();
         }
         self.closed = true;
+        self.detach()
+    }
+
+    /// Lets go of every process, children first: should we die in between, those that are killed
+    /// take along, with their parent, those that were let go already. Where the first one leads a
+    /// pid namespace, that is the kernel's own rule.
+    fn detach(&mut self) -> Result<(), SessionError> {
         let mut result = Ok(());
-        for process in std::mem::take(&mut self.processes) {
+        let mut processes = std::mem::take(&mut self.processes);
+        let pids: Vec<i32> = processes.iter().map(SeizedProcess::pid).collect();
+        processes.sort_by_key(|process| !process.parent().is_some_and(|p| pids.contains(&p)));
+        for process in processes {
             match process.detach() {
                 Ok(()) | Err(InjectError::Gone(_)) => {}
                 Err(error) => result = result.and(Err(error.into())),
@@ -290,19 +307,7 @@ impl<F: Freezer> Session<F> {
             }
             result = Err(SessionError::Freezer { operation: "freezing", source });
         }
-        // Children first: should we die in between, those that are killed take along, with their
-        // parent, those that were let go already; where the first one leads a pid namespace, that
-        // is the kernel's own rule.
-        let mut processes = std::mem::take(&mut self.processes);
-        let pids: Vec<i32> = processes.iter().map(SeizedProcess::pid).collect();
-        processes.sort_by_key(|process| !process.parent().is_some_and(|p| pids.contains(&p)));
-        for process in processes {
-            match process.detach() {
-                Ok(()) | Err(InjectError::Gone(_)) => {}
-                Err(error) => result = result.and(Err(error.into())),
-            }
-        }
-        result
+        result.and(self.detach())
     }
 }
 

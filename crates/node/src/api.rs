@@ -1,9 +1,13 @@
 //! What a controller may ask of a node, and what a node reports.
 
+use std::collections::HashMap;
 use std::future::Future;
 
 use bytes::Bytes;
-use medes_core::{DomainId, FunctionSpec, InvocationError, MemoryUse, RequestId, SandboxId};
+use medes_core::{
+    DomainId, FunctionId, FunctionSpec, InvocationError, MemoryUse, RequestId, SandboxId,
+    SandboxState,
+};
 use serde::{Deserialize, Serialize};
 
 /// One request on its way to a sandbox.
@@ -128,9 +132,38 @@ pub struct RestoreReport {
 #[error("the sandbox could not be restored and was killed: {0}")]
 pub struct RestoreFailure(pub String);
 
+/// A sandbox that an earlier node left behind and this one has taken over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct InheritedSandbox {
+    /// The sandbox.
+    pub sandbox: SandboxId,
+    /// The version of a function whose sandbox it is.
+    pub function: FunctionId,
+    /// Whose pages it may have been deduplicated with.
+    pub domain: DomainId,
+    /// Warm, dedup, or running something for nobody any more; [`NodeEvent::Idle`] follows then.
+    pub state: SandboxState,
+    /// What it uses with all its memory there, bytes; an estimate for a dedup sandbox.
+    pub warm_bytes: u64,
+}
+
+/// What an earlier node left behind and this one has taken over.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Inheritance {
+    /// Every sandbox.
+    pub sandboxes: Vec<InheritedSandbox>,
+    /// How many base snapshots each version of a function has, if it has any.
+    pub bases: HashMap<FunctionId, u64>,
+}
+
 /// What a node reports unasked.
 #[derive(Clone, Debug)]
 pub enum NodeEvent {
+    /// A sandbox that was inherited running ([`InheritedSandbox::state`]) is warm now.
+    Idle {
+        /// The sandbox.
+        sandbox: SandboxId,
+    },
     /// An idle or dedup sandbox ended by itself or was killed from outside.
     Gone {
         /// The sandbox.
@@ -157,6 +190,11 @@ pub struct NodeMemory {
 
 /// A node, here or on another machine.
 pub trait NodeApi: Send + Sync + 'static {
+    /// What this node has taken over from one before it. To be asked once, before anything else.
+    fn inherit(&self) -> Inheritance {
+        Inheritance::default()
+    }
+
     /// Starts a sandbox for `function`; returns when its runtime waits for the first request.
     fn start(
         &self,

@@ -149,7 +149,10 @@ fn previous(shared: &Shared, entry: &Entry) -> Result<Option<Previous>, DedupFai
         return Err(warm("the sandbox is in the dedup state already".into()));
     }
     let in_use = |id: &SnapshotId| shared.store.snapshot(*id).is_some();
-    if !userfaults.iter().all(UserFault::tracks_writes) || !image.snapshots().iter().all(in_use) {
+    if userfaults.is_empty()
+        || !userfaults.iter().all(UserFault::tracks_writes)
+        || !image.snapshots().iter().all(in_use)
+    {
         return Ok(None);
     }
     let index = ImageIndex::open(Arc::clone(&shared.view), image.extent());

@@ -13,6 +13,7 @@ mod config;
 mod dedup;
 mod error;
 mod inspect;
+mod label;
 mod local;
 mod operations;
 mod recovery;
@@ -20,10 +21,11 @@ mod runtimes;
 mod shared;
 mod spec;
 mod table;
+mod takeover;
 
 pub use api::{
-    DedupFailure, DedupReport, Invocation, NodeApi, NodeEvent, NodeMemory, Outcome, RestoreFailure,
-    RestoreReport, StartFailure,
+    DedupFailure, DedupReport, Inheritance, InheritedSandbox, Invocation, NodeApi, NodeEvent,
+    NodeMemory, Outcome, RestoreFailure, RestoreReport, StartFailure,
 };
 pub use config::{DedupConfig, NodeConfig};
 pub use error::NodeError;

@@ -11,12 +11,12 @@ use medes_keeper::{Keeper, Unasked, logs};
 use medes_registry::{LocalRegistry, Registry, RegistryConfig};
 use medes_sandbox::CgroupRoot;
 use medes_store::{Store, View};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc;
 
 use crate::api::{
-    DedupFailure, DedupReport, Invocation, NodeApi, NodeEvent, NodeMemory, Outcome, RestoreFailure,
-    RestoreReport, StartFailure,
+    DedupFailure, DedupReport, Inheritance, Invocation, NodeApi, NodeEvent, NodeMemory, Outcome,
+    RestoreFailure, RestoreReport, StartFailure,
 };
 use crate::bases::{self, Unused};
 use crate::config::NodeConfig;
@@ -26,6 +26,7 @@ use crate::recovery::{self, InstanceLock};
 use crate::runtimes::Runtimes;
 use crate::shared::Shared;
 use crate::table::Table;
+use crate::takeover::{self, TakenOver, TakeoverError};
 
 /// The node on this machine. Cheap to clone.
 #[derive(Clone)]
@@ -34,8 +35,9 @@ pub struct Node {
 }
 
 impl Node {
-    /// Sets the node up: cleans up after an earlier instance that did not end properly, makes the
-    /// page store, starts the keeper. The receiver hears of sandboxes that end by themselves.
+    /// Sets the node up. If an earlier instance has died or left ([`Node::leave`]), its keeper and
+    /// its sandboxes are taken over; where that can't be, they are ended, a page store is made, and
+    /// a keeper started. The receiver hears what sandboxes do by themselves.
     ///
     /// # Errors
     /// [`NodeError`]; nothing stays behind.
@@ -47,34 +49,56 @@ impl Node {
                 .map_err(|e| NodeError::Dedup(e.to_string()))?;
         let lock = InstanceLock::take(&config.run_dir)?;
         let root = CgroupRoot::new(&config.cgroup)?;
-        let left = recovery::clean_up(&config.run_dir, &root)?;
-        if left > 0 {
-            tracing::warn!(sandboxes = left, "cleaned up after an instance that did not end well");
-        }
-        let store = Store::create(config.node, config.store_capacity).map_err(NodeError::Store)?;
-        let memory = store.memory().descriptor().try_clone_to_owned();
-        let view = memory.and_then(View::open).map_err(NodeError::Store)?;
-        let (keeper, ended) = launch(&config, &store).await?;
+        let TakenOver { keeper, news, store, view, table, inheritance } = match takeover::take_over(
+            &config, &root,
+        )
+        .await
+        {
+            Ok(Some(taken_over)) => taken_over,
+            Ok(None) => begin(&config, &root).await?,
+            Err(why) => {
+                tracing::warn!(%why, "the sandboxes of the instance before can't be taken over");
+                if let TakeoverError::OtherCgroup(other) = &why {
+                    end_cgroup(&config, other)?;
+                }
+                begin(&config, &root).await?
+            }
+        };
+        let taken_over = !inheritance.sandboxes.is_empty() || !inheritance.bases.is_empty();
         let (events, received) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             runtimes: Runtimes::below(&config.data_dir),
             registry: LocalRegistry::new(RegistryConfig::default()),
-            table: Table::default(),
+            table,
             unused: Unused::default(),
             keeper: RwLock::new(keeper),
+            inheritance: Mutex::new(inheritance),
             closing: false.into(),
             config,
             store,
-            view: Arc::new(view),
+            view,
             fingerprints,
             root,
             events,
             lock,
         });
-        tokio::spawn(listen(Arc::clone(&shared), ended));
+        if taken_over {
+            let sandboxes = shared.inheritance.lock().sandboxes.len();
+            tracing::info!(sandboxes, "took over what the instance before left");
+            if let Err(error) = takeover::refill_registry(&shared) {
+                tracing::warn!(%error, "base pages are found by address only");
+            }
+        }
+        tokio::spawn(listen(Arc::clone(&shared), news));
         let idle = Duration::from_millis(shared.config.dedup.base_idle_ms);
         tokio::spawn(bases::sweep(Arc::downgrade(&shared), idle));
         Ok((Self { shared }, received))
+    }
+
+    /// Leaves everything to the next node that is opened with this run directory: the keeper and
+    /// all sandboxes go on. The process should end now; operations must have come to their end.
+    pub fn leave(&self) {
+        self.shared.closing.store(true, Ordering::Release);
     }
 
     /// Ends all sandboxes and the keeper, and removes the instance's cgroups and sockets.
@@ -103,6 +127,27 @@ impl Node {
     }
 }
 
+/// Begins with nothing.
+async fn begin(config: &NodeConfig, root: &CgroupRoot) -> Result<TakenOver, NodeError> {
+    let left = recovery::clean_up(&config.run_dir, root)?;
+    if left > 0 {
+        tracing::warn!(sandboxes = left, "ended what the instance before left");
+    }
+    let store = Store::create(config.node, config.store_capacity).map_err(NodeError::Store)?;
+    let memory = store.memory().descriptor().try_clone_to_owned();
+    let view = Arc::new(memory.and_then(View::open).map_err(NodeError::Store)?);
+    let (keeper, news) = launch(config, &store).await?;
+    let (table, inheritance) = (Table::default(), Inheritance::default());
+    Ok(TakenOver { keeper, news, store, view, table, inheritance })
+}
+
+/// Ends what an earlier node left in cgroups of another name.
+fn end_cgroup(config: &NodeConfig, name: &str) -> Result<(), NodeError> {
+    let other = CgroupRoot::new(name)?;
+    recovery::clean_up(&config.run_dir, &other)?;
+    Ok(other.remove()?)
+}
+
 async fn launch(
     config: &NodeConfig,
     store: &Store,
@@ -129,6 +174,10 @@ async fn listen(shared: Arc<Shared>, mut ended: mpsc::UnboundedReceiver<Unasked>
         while let Some(unasked) = ended.recv().await {
             let (sandbox, ending) = match unasked {
                 Unasked::Ended { sandbox, how } => (sandbox, how),
+                Unasked::Idle { sandbox } => {
+                    let _ = shared.events.send(NodeEvent::Idle { sandbox });
+                    continue;
+                }
                 Unasked::Filled { watched: true, .. } => continue,
                 Unasked::Filled { sandbox, number, watched: false } => {
                     if let Some(entry) = shared.table.get(sandbox) {
@@ -180,6 +229,10 @@ async fn listen(shared: Arc<Shared>, mut ended: mpsc::UnboundedReceiver<Unasked>
 }
 
 impl NodeApi for Node {
+    fn inherit(&self) -> Inheritance {
+        std::mem::take(&mut *self.shared.inheritance.lock())
+    }
+
     async fn start(&self, function: &FunctionSpec) -> Result<SandboxId, StartFailure> {
         self.shared.start(function).await
     }

@@ -12,6 +12,7 @@ use medes_runtime::lambda::deadline_ms;
 use medes_runtime::{PORT, Request};
 
 use crate::api::{Invocation, Outcome, RestoreFailure, RestoreReport, StartFailure};
+use crate::label::Label;
 use crate::shared::{Shared, micros};
 use crate::spec::sandbox_spec;
 use crate::table::Entry;
@@ -36,19 +37,14 @@ impl Shared {
                 return Err(broken(&error));
             }
         };
-        self.table.insert(Arc::new(Entry {
-            id,
+        let label = Label {
             function: function.id,
             name: function.name.clone(),
             domain: function.domain,
-            cgroup,
             host_uid,
-            cancel: parking_lot::Mutex::default(),
-            operating: parking_lot::Mutex::default(),
-            gone: false.into(),
-            doomed: false.into(),
-            dedup: parking_lot::Mutex::new(None),
-        }));
+        };
+        let label_bytes = label.encode();
+        self.table.insert(Arc::new(Entry::new(id, label, cgroup, None)));
         let log = self.log_directory(function);
         let start = Start {
             sandbox: id,
@@ -56,6 +52,8 @@ impl Shared {
             port: PORT,
             log,
             log_bytes: self.config.log_bytes,
+            limit_ms: self.config.init_timeout_ms,
+            label: label_bytes,
             working_set: match function.layout {
                 Layout::Function | Layout::Shared => function.id.0,
                 // Its addresses are like no other's.

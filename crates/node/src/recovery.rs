@@ -1,4 +1,4 @@
-//! One instance at a time, and nothing left of the one before.
+//! One instance at a time, and nothing left of the one before that it did not take over.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::ffi::OsStrExt;
@@ -71,32 +71,37 @@ pub(crate) fn keeper_log(run_dir: &Path) -> PathBuf {
     run_dir.join("keeper.log")
 }
 
+/// The keeper of this run directory, if it lives.
+pub(crate) fn running_keeper(run_dir: &Path) -> Option<i32> {
+    let text = std::fs::read_to_string(keeper_pid_file(run_dir)).ok()?;
+    let pid = text.trim().parse().ok()?;
+    is_keeper(pid, &keeper_socket(run_dir)).then_some(pid)
+}
+
+/// Whether this process is the keeper of this socket; its number may be somebody else's by now.
+fn is_keeper(pid: i32, socket: &Path) -> bool {
+    // Empty as soon as the process is dead, even if nobody has buried it yet.
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    command.split(|b| *b == 0).any(|argument| argument == socket.as_os_str().as_bytes())
+}
+
 /// Ends whatever an earlier daemon left behind: its keeper, its sandboxes, their cgroups. Returns
 /// how many sandboxes there were.
 pub(crate) fn clean_up(run_dir: &Path, root: &CgroupRoot) -> Result<usize, NodeError> {
-    let pid_file = keeper_pid_file(run_dir);
-    if let Ok(text) = std::fs::read_to_string(&pid_file) {
-        if let Ok(pid) = text.trim().parse::<i32>() {
-            kill_keeper(pid, &keeper_socket(run_dir));
-        }
-        let _ = std::fs::remove_file(&pid_file);
+    if let Some(pid) = running_keeper(run_dir) {
+        kill_keeper(pid, &keeper_socket(run_dir));
     }
+    let _ = std::fs::remove_file(keeper_pid_file(run_dir));
     let left = root.list()?.len();
     root.remove_all(Duration::from_secs(10))?;
     let _ = std::fs::remove_file(keeper_socket(run_dir));
     Ok(left)
 }
 
-/// Kills the process if it is the keeper of this socket; its number may be somebody else's by now.
 fn kill_keeper(pid: i32, socket: &Path) {
     use nix::sys::signal::{Signal, kill};
-    let is_keeper = || {
-        // Empty as soon as the process is dead, even if nobody has buried it yet.
-        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        command.split(|b| *b == 0).any(|argument| argument == socket.as_os_str().as_bytes())
-    };
     for _ in 0..500 {
-        if !is_keeper() {
+        if !is_keeper(pid, socket) {
             return;
         }
         // Not asked: its sandboxes are killed below in any case, whatever state it is in.

@@ -11,10 +11,10 @@ use medes_keeper::protocol::Command;
 use medes_registry::LocalRegistry;
 use medes_sandbox::CgroupRoot;
 use medes_store::{Store, View};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc;
 
-use crate::api::NodeEvent;
+use crate::api::{Inheritance, NodeEvent};
 use crate::bases::Unused;
 use crate::config::NodeConfig;
 use crate::recovery::InstanceLock;
@@ -38,6 +38,8 @@ pub(crate) struct Shared {
     pub(crate) runtimes: Runtimes,
     pub(crate) keeper: RwLock<Keeper>,
     pub(crate) events: mpsc::UnboundedSender<NodeEvent>,
+    /// What was taken over, until somebody asks.
+    pub(crate) inheritance: Mutex<Inheritance>,
     pub(crate) closing: AtomicBool,
     pub(crate) lock: InstanceLock,
 }

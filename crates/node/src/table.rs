@@ -11,6 +11,8 @@ use medes_sandbox::Cgroup;
 use medes_store::ImageHandle;
 use parking_lot::Mutex;
 
+use crate::label::Label;
+
 /// What the node knows of a sandbox.
 #[derive(Debug)]
 pub(crate) struct Entry {
@@ -31,6 +33,30 @@ pub(crate) struct Entry {
     pub(crate) doomed: AtomicBool,
     /// What a dedup sandbox has in the page store.
     pub(crate) dedup: Mutex<Option<Deduplicated>>,
+}
+
+impl Entry {
+    pub(crate) fn new(
+        id: SandboxId,
+        label: Label,
+        cgroup: Cgroup,
+        dedup: Option<Deduplicated>,
+    ) -> Self {
+        let Label { function, name, domain, host_uid } = label;
+        Self {
+            id,
+            function,
+            name,
+            domain,
+            cgroup,
+            host_uid,
+            cancel: Mutex::default(),
+            operating: Mutex::default(),
+            gone: false.into(),
+            doomed: false.into(),
+            dedup: Mutex::new(dedup),
+        }
+    }
 }
 
 /// What a dedup sandbox has outside its own process.
@@ -77,6 +103,12 @@ impl Table {
 
     pub(crate) fn insert(&self, entry: Arc<Entry>) {
         self.inner.lock().sandboxes.insert(entry.id, entry);
+    }
+
+    /// Takes in a sandbox that has its user id already.
+    pub(crate) fn adopt(&self, entry: Arc<Entry>) {
+        self.inner.lock().uids.insert(entry.host_uid);
+        self.insert(entry);
     }
 
     pub(crate) fn get(&self, id: SandboxId) -> Option<Arc<Entry>> {

@@ -84,6 +84,33 @@ impl Allocator {
         Ok(start)
     }
 
+    /// Takes exactly this range; false, and nothing is taken, if a page of it is not free.
+    pub(crate) fn reserve(&mut self, extent: Extent) -> bool {
+        if extent.pages == 0 {
+            return true;
+        }
+        let before = self.free.range(..=extent.start).next_back().map(|(s, l)| (*s, *l));
+        let Some((start, len)) = before else { return false };
+        let (end, wanted) = (u64::from(start) + u64::from(len), u64::from(extent.start));
+        if wanted + u64::from(extent.pages) > end {
+            return false;
+        }
+        self.free.remove(&start);
+        if extent.start > start {
+            self.free.insert(start, extent.start - start);
+        }
+        if extent.end() < start + len {
+            self.free.insert(extent.end(), start + len - extent.end());
+        }
+        self.free_pages -= extent.pages;
+        true
+    }
+
+    /// Every free range.
+    pub(crate) fn free(&self) -> impl Iterator<Item = Extent> + '_ {
+        self.free.iter().map(|(start, pages)| Extent { start: *start, pages: *pages })
+    }
+
     fn carve(&mut self, start: u32, len: u32, pages: u32) {
         self.free.remove(&start);
         if len > pages {
@@ -124,7 +151,7 @@ mod tests {
         /// Whatever is taken and given back, in whatever order: no page is handed out twice, and
         /// the count of free pages is right.
         #[test]
-        fn pages_are_handed_out_once(ops in proptest::collection::vec((0u8..4, 1u32..20), 1..200)) {
+        fn pages_are_handed_out_once(ops in proptest::collection::vec((0u8..5, 1u32..20), 1..200)) {
             let mut allocator = Allocator::new(256);
             let mut held: Vec<Extent> = Vec::new();
             let mut owner = [false; 256];
@@ -133,6 +160,12 @@ mod tests {
                 let got = match kind {
                     0 => allocator.take(n).ok(),
                     1 => allocator.take_page(next).ok().map(|p| Extent { start: p, pages: 1 }),
+                    2 => {
+                        let wanted = Extent { start: (next + n * 7) % 250, pages: n % 6 + 1 };
+                        let is_free = (wanted.start..wanted.end()).all(|p| !owner[p as usize]);
+                        prop_assert_eq!(allocator.reserve(wanted), is_free);
+                        is_free.then_some(wanted)
+                    }
                     _ => {
                         if !held.is_empty() {
                             let e = held.swap_remove(n as usize % held.len());

@@ -4,6 +4,8 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::AtomicU64;
 
 use medes_pages::{PAGE_SIZE, Page};
 use memmap2::{MmapOptions, MmapRaw};
@@ -61,6 +63,24 @@ impl SharedMemory {
         self.pages
     }
 
+    /// One of the 64-bit words of the file, counted from the start of a page.
+    ///
+    /// # Panics
+    /// If it is not part of the file.
+    pub(crate) fn word(&self, page: u32, index: u32) -> &AtomicU64 {
+        let at = u64::from(page) * PAGE_SIZE as u64 + u64::from(index) * 8;
+        assert!(at + 8 <= u64::from(self.pages) * PAGE_SIZE as u64, "a word past the end");
+        // SAFETY: inside the mapping, which lives as long as the borrow, by the assertion, and
+        // aligned: mappings start at pages. Words are only ever accessed as atomics here, and read
+        // by other processes when their writer is dead.
+        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().add(at as usize).cast()) }
+    }
+
+    /// Reads content without the mapping.
+    pub(crate) fn read(&self, page: u32, bytes: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(bytes, u64::from(page) * PAGE_SIZE as u64)
+    }
+
     /// Copies `data` to `offset` bytes after the start of `extent`.
     ///
     /// # Panics
@@ -113,6 +133,7 @@ impl SharedMemory {
 /// A reader's mapping of the memory file, in another process.
 #[derive(Debug)]
 pub struct View {
+    file: File,
     map: MmapRaw,
     pages: u32,
 }
@@ -126,7 +147,13 @@ impl View {
         let file = File::from(fd);
         let pages = length_in_pages(&file)?;
         let map = MmapOptions::new().no_reserve_swap().map_raw_read_only(&file)?;
-        Ok(Self { map, pages })
+        Ok(Self { file, map, pages })
+    }
+
+    /// The memory file, to be handed to another process.
+    #[must_use]
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// How many pages the file has room for.

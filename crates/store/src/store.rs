@@ -8,7 +8,9 @@ use medes_pages::{PAGE_SIZE, Page, content_hash};
 use parking_lot::Mutex;
 
 use crate::allocator::{Allocator, Extent, OutOfSpace};
+use crate::catalogue::{CATALOGUE_PAGES, Catalogue};
 use crate::shared::SharedMemory;
+use crate::snapshot::{Snapshot, encode_record};
 
 /// Why the store refuses.
 #[derive(Debug, thiserror::Error)]
@@ -19,112 +21,12 @@ pub enum StoreError {
     /// A base snapshot that an image refers to is not (or no longer) there.
     #[error("the base snapshot {0} is not in the store")]
     NoSnapshot(SnapshotId),
-}
-
-/// A base snapshot: which pages it has, and where they came from.
-///
-/// As long as one of these is held, the snapshot's pages stay where they are.
-#[derive(Debug)]
-pub struct Snapshot {
-    id: SnapshotId,
-    domain: DomainId,
-    function: FunctionId,
-    slots: Vec<u32>,
-    /// (first address, pages, index of the first page), ordered by address.
-    places: Vec<(u64, u32, u32)>,
-    record: Extent,
-}
-
-impl Snapshot {
-    /// The snapshot's identity.
-    #[must_use]
-    pub fn id(&self) -> SnapshotId {
-        self.id
-    }
-
-    /// Whose sandboxes may use it.
-    #[must_use]
-    pub fn domain(&self) -> DomainId {
-        self.domain
-    }
-
-    /// The function whose sandbox it was taken from.
-    #[must_use]
-    pub fn function(&self) -> FunctionId {
-        self.function
-    }
-
-    /// How many pages it has.
-    #[must_use]
-    pub fn pages(&self) -> u32 {
-        self.slots.len() as u32
-    }
-
-    /// The slot in the memory file of one of its pages.
-    #[must_use]
-    pub fn slot(&self, page: u32) -> Option<u32> {
-        self.slots.get(page as usize).copied()
-    }
-
-    /// The page that lay at `address` in the base sandbox.
-    #[must_use]
-    pub fn page_at(&self, address: u64) -> Option<u32> {
-        let after = self.places.partition_point(|(start, ..)| *start <= address);
-        let (start, pages, first) = *self.places.get(after.checked_sub(1)?)?;
-        let n = (address - start) / PAGE_SIZE as u64;
-        (n < u64::from(pages)).then(|| first + n as u32)
-    }
-
-    /// Where a reader of the memory file finds the snapshot's table ([`SnapshotRecord`]).
-    #[must_use]
-    pub fn record(&self) -> Extent {
-        self.record
-    }
-}
-
-/// A snapshot's table as it stands in the memory file: all that a reader needs to find its pages.
-#[derive(Clone, Copy, Debug)]
-pub struct SnapshotRecord<'a> {
-    id: SnapshotId,
-    slots: &'a [u8],
-}
-
-const RECORD_MAGIC: u64 = u64::from_le_bytes(*b"medesnp1");
-const RECORD_HEAD: usize = 20;
-
-impl<'a> SnapshotRecord<'a> {
-    /// Reads a table; `None` if these bytes are not one.
-    #[must_use]
-    pub fn parse(bytes: &'a [u8]) -> Option<Self> {
-        let word = |at: usize| -> Option<u32> {
-            Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
-        };
-        if u64::from_le_bytes(bytes.get(..8)?.try_into().ok()?) != RECORD_MAGIC {
-            return None;
-        }
-        let id = SnapshotId { node: NodeId(word(8)?), number: word(12)? };
-        let length = (word(16)? as usize).checked_mul(4)?.checked_add(RECORD_HEAD)?;
-        Some(Self { id, slots: bytes.get(RECORD_HEAD..length)? })
-    }
-
-    /// Which snapshot it belongs to.
-    #[must_use]
-    pub fn id(&self) -> SnapshotId {
-        self.id
-    }
-
-    /// How many pages the snapshot has.
-    #[must_use]
-    pub fn pages(&self) -> u32 {
-        (self.slots.len() / 4) as u32
-    }
-
-    /// The slot in the memory file of one of its pages.
-    #[must_use]
-    pub fn slot(&self, page: u32) -> Option<u32> {
-        let at = page as usize * 4;
-        Some(u32::from_le_bytes(self.slots.get(at..at + 4)?.try_into().ok()?))
-    }
+    /// There are as many base snapshots as the catalogue has room for.
+    #[error("the page store's catalogue of base snapshots is full: remove functions, or wait")]
+    CatalogueFull,
+    /// What is to be taken over can't be where it is said to be.
+    #[error("an image at page {} of the memory file overlaps something else", .0.start)]
+    Overlap(Extent),
 }
 
 /// An image in the store: the opaque content that brings one sandbox's memory back.
@@ -176,38 +78,41 @@ pub struct StoreUse {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Shared {
-    slot: u32,
+pub(crate) struct Shared {
+    pub(crate) slot: u32,
     /// How many snapshot pages are this page.
-    references: u32,
+    pub(crate) references: u32,
     /// A snapshot page with this content; `None` when the snapshot that it named is gone.
-    home: Option<PageRef>,
+    pub(crate) home: Option<PageRef>,
 }
 
 #[derive(Debug)]
-struct Entry {
-    snapshot: Arc<Snapshot>,
-    images: u32,
-    retired: bool,
+pub(crate) struct Entry {
+    pub(crate) snapshot: Arc<Snapshot>,
+    pub(crate) images: u32,
+    pub(crate) retired: bool,
+    /// Its place in the catalogue.
+    pub(crate) catalogued: u32,
 }
 
 #[derive(Debug)]
-struct Inner {
-    allocator: Allocator,
-    snapshots: HashMap<SnapshotId, Entry>,
+pub(crate) struct Inner {
+    pub(crate) allocator: Allocator,
+    pub(crate) catalogue: Catalogue,
+    pub(crate) snapshots: HashMap<SnapshotId, Entry>,
     /// Contents of base pages. One table per domain, so that no domain can feel another's pages.
-    contents: HashMap<DomainId, HashMap<u128, Shared>>,
-    next_snapshot: u32,
-    images: u64,
-    image_pages: u64,
+    pub(crate) contents: HashMap<DomainId, HashMap<u128, Shared>>,
+    pub(crate) next_snapshot: u32,
+    pub(crate) images: u64,
+    pub(crate) image_pages: u64,
 }
 
 /// The page store of a node.
 #[derive(Debug)]
 pub struct Store {
-    memory: SharedMemory,
-    node: NodeId,
-    inner: Mutex<Inner>,
+    pub(crate) memory: SharedMemory,
+    pub(crate) node: NodeId,
+    pub(crate) inner: Mutex<Inner>,
 }
 
 impl Store {
@@ -217,9 +122,11 @@ impl Store {
     /// When the memory file can't be made or mapped.
     pub fn create(node: NodeId, capacity: u64) -> std::io::Result<Self> {
         let pages = u32::try_from(capacity / PAGE_SIZE as u64).unwrap_or(u32::MAX);
-        let memory = SharedMemory::create(pages)?;
+        let pages = pages.min(u32::MAX - CATALOGUE_PAGES);
+        let memory = SharedMemory::create(pages + CATALOGUE_PAGES)?;
         let inner = Inner {
             allocator: Allocator::new(pages),
+            catalogue: Catalogue::create(&memory, pages),
             snapshots: HashMap::new(),
             contents: HashMap::new(),
             next_snapshot: 1,
@@ -241,6 +148,7 @@ impl Store {
         let mut inner = self.inner.lock();
         let number = inner.next_snapshot;
         inner.next_snapshot += 1;
+        inner.catalogue.set_next(&self.memory, inner.next_snapshot);
         let id = SnapshotId { node: self.node, number };
         SnapshotBuilder {
             store: self,
@@ -295,9 +203,15 @@ impl Store {
     /// image that does is gone. Returns whether there was one.
     pub fn retire_snapshot(&self, id: SnapshotId) -> bool {
         let mut inner = self.inner.lock();
-        let found = inner.snapshots.get_mut(&id).map(|e| e.retired = true).is_some();
+        let found = inner.snapshots.get_mut(&id).map(|entry| {
+            entry.retired = true;
+            (entry.catalogued, entry.snapshot.record)
+        });
+        if let Some((index, record)) = found {
+            inner.catalogue.retire(&self.memory, index, record);
+        }
         self.collect(&mut inner);
-        found
+        found.is_some()
     }
 
     /// The base snapshots that no image refers to, with their functions, oldest first.
@@ -349,6 +263,34 @@ impl Store {
         Ok(ImageHandle { extent, snapshots: snapshots.to_vec() })
     }
 
+    /// Takes over an image that an earlier writer of this memory file stored. To be called before
+    /// anything new is stored.
+    ///
+    /// # Errors
+    /// When a snapshot that it refers to is not there, or its pages can't be its own. Nothing is
+    /// changed then.
+    pub fn adopt_image(
+        &self,
+        extent: Extent,
+        snapshots: &[SnapshotId],
+    ) -> Result<ImageHandle, StoreError> {
+        let mut inner = self.inner.lock();
+        if let Some(gone) = snapshots.iter().find(|id| !inner.snapshots.contains_key(id)) {
+            return Err(StoreError::NoSnapshot(*gone));
+        }
+        if !inner.allocator.reserve(extent) {
+            return Err(StoreError::Overlap(extent));
+        }
+        for id in snapshots {
+            if let Some(entry) = inner.snapshots.get_mut(id) {
+                entry.images += 1;
+            }
+        }
+        inner.images += 1;
+        inner.image_pages += u64::from(extent.pages);
+        Ok(ImageHandle { extent, snapshots: snapshots.to_vec() })
+    }
+
     /// Takes an image back. Nobody may read it any more.
     pub fn remove_image(&self, image: ImageHandle) {
         let mut inner = self.inner.lock();
@@ -376,7 +318,8 @@ impl Store {
             capacity: u64::from(inner.allocator.capacity()) * page,
             snapshots: (used - inner.image_pages) * page,
             images: inner.image_pages * page,
-            index: (slots * 4 + contents * (size_of::<(u128, Shared)>() + 1)) as u64,
+            index: (slots * 4 + contents * (size_of::<(u128, Shared)>() + 1)) as u64
+                + inner.catalogue.bytes(),
             snapshot_count: inner.snapshots.len() as u64,
             image_count: inner.images,
         }
@@ -397,12 +340,13 @@ impl Store {
     }
 
     /// Frees retired snapshots that nobody refers to or holds.
-    fn collect(&self, inner: &mut Inner) {
+    pub(crate) fn collect(&self, inner: &mut Inner) {
         let gone = |e: &Entry| e.retired && e.images == 0 && Arc::strong_count(&e.snapshot) == 1;
         let ids: Vec<SnapshotId> =
             inner.snapshots.iter().filter(|(_, e)| gone(e)).map(|(id, _)| *id).collect();
         for id in ids {
             if let Some(entry) = inner.snapshots.remove(&id) {
+                inner.catalogue.remove(&self.memory, entry.catalogued);
                 self.free_pages(inner, entry.snapshot.domain, id, &entry.snapshot.slots);
                 self.memory.release(entry.snapshot.record);
                 inner.allocator.give_back(entry.snapshot.record);
@@ -507,28 +451,27 @@ impl SnapshotBuilder<'_> {
     /// # Errors
     /// When there is no room for its table; nothing of it stays then.
     pub fn finish(mut self) -> Result<Arc<Snapshot>, StoreError> {
-        let length = RECORD_HEAD + self.slots.len() * 4;
-        let mut table = Vec::with_capacity(length);
-        table.extend_from_slice(&RECORD_MAGIC.to_le_bytes());
-        table.extend_from_slice(&self.id.node.0.to_le_bytes());
-        table.extend_from_slice(&self.id.number.to_le_bytes());
-        table.extend_from_slice(&(self.slots.len() as u32).to_le_bytes());
-        for slot in &self.slots {
-            table.extend_from_slice(&slot.to_le_bytes());
-        }
-        let mut inner = self.store.inner.lock();
-        let record = inner.allocator.take(length.div_ceil(PAGE_SIZE) as u32)?;
-        self.store.memory.write(record, 0, &table);
+        let Self { store, id, domain, function, .. } = self;
+        let table = encode_record(id, domain, function, &self.slots, &self.places);
+        let mut inner = store.inner.lock();
+        let record = inner.allocator.take(table.len().div_ceil(PAGE_SIZE) as u32)?;
+        store.memory.write(record, 0, &table);
+        let Some(catalogued) = inner.catalogue.enter(&store.memory, record) else {
+            store.memory.release(record);
+            inner.allocator.give_back(record);
+            return Err(StoreError::CatalogueFull);
+        };
         let snapshot = Arc::new(Snapshot {
-            id: self.id,
-            domain: self.domain,
-            function: self.function,
+            id,
+            domain,
+            function,
             slots: std::mem::take(&mut self.slots),
             places: std::mem::take(&mut self.places),
             record,
         });
-        let entry = Entry { snapshot: Arc::clone(&snapshot), images: 0, retired: false };
-        inner.snapshots.insert(self.id, entry);
+        let entry =
+            Entry { snapshot: Arc::clone(&snapshot), images: 0, retired: false, catalogued };
+        inner.snapshots.insert(id, entry);
         Ok(snapshot)
     }
 }

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 
 use medes_core::{DomainId, FunctionId, NodeId};
 use medes_pages::{PAGE_SIZE, Page};
-use medes_store::{SnapshotRecord, Store, StoreError, View};
+use medes_store::{ReopenError, SnapshotRecord, Store, StoreError, StoreUse, View};
 use proptest::prelude::*;
 
 const DOMAIN: DomainId = DomainId(1);
@@ -21,7 +21,9 @@ fn page(seed: u8) -> Page {
 fn resident(store: &Store) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let fd = store.memory().descriptor().try_clone_to_owned().expect("a descriptor");
-    std::fs::File::from(fd).metadata().expect("metadata").blocks() * 512
+    let bytes = std::fs::File::from(fd).metadata().expect("metadata").blocks() * 512;
+    // The catalogue's first page is there from the beginning.
+    bytes - PAGE_SIZE as u64
 }
 
 #[test]
@@ -89,12 +91,63 @@ fn a_full_store_refuses_and_leaks_nothing() {
     assert_eq!(resident(&store), 0);
 }
 
+/// The store's memory file as another process would get it, once the writer is dead.
+fn take_over(store: Store) -> Store {
+    let fd = store.memory().descriptor().try_clone_to_owned().expect("a descriptor");
+    drop(store);
+    Store::reopen(NodeId(0), fd).expect("it can be taken over")
+}
+
+#[test]
+fn what_was_being_written_when_the_writer_died_is_free() {
+    let store = Store::create(NodeId(0), 1 << 20).expect("a store");
+    let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
+    for n in 0..4u8 {
+        builder.push(0x1000 * u64::from(n + 1), &page(n)).expect("room");
+    }
+    let base = builder.finish().expect("room");
+    let id = base.id();
+    let kept = store.put_image(&[b"kept"], &[id]).expect("room").extent();
+    let before = store.usage();
+    // Neither of these was told to anybody.
+    let _lost = store.put_image(&[&[1; 9000]], &[id]).expect("room");
+    let mut torn = store.begin_snapshot(DOMAIN, FUNCTION);
+    torn.push(0, &page(9)).expect("room");
+    torn.push(0x1000, &page(1)).expect("room");
+    std::mem::forget(torn);
+    drop(base);
+
+    let store = take_over(store);
+    let image = store.adopt_image(kept, &[id]).expect("it is there");
+    let overlapping = store.adopt_image(kept, &[id]);
+    assert!(matches!(overlapping, Err(StoreError::Overlap(extent)) if extent == kept));
+    store.release_rest();
+    assert_eq!(store.usage(), StoreUse { index: store.usage().index, ..before });
+    assert_eq!(before.snapshots + before.images, resident(&store));
+    assert_eq!(&store.memory().bytes(image.extent())[..4], b"kept");
+    let base = store.snapshot(id).expect("it is there");
+    assert_eq!((base.domain(), base.function(), base.pages()), (DOMAIN, FUNCTION, 4));
+    assert_eq!(base.page_at(0x3000), Some(2));
+    assert_eq!(store.page(&base, 3), Some(&page(3)));
+    assert_eq!(store.equal_page(DOMAIN, &page(1)).map(|p| (p.snapshot, p.page)), Some((id, 1)));
+    assert_eq!(store.equal_page(DOMAIN, &page(9)), None);
+    let next = store.begin_snapshot(DOMAIN, FUNCTION).id();
+    assert!(next.number > id.number + 1, "numbers are never used again");
+}
+
+#[test]
+fn a_file_that_is_no_store_is_refused() {
+    let memory = medes_store::SharedMemory::create(64).expect("a memory file");
+    let fd = memory.descriptor().try_clone_to_owned().expect("a descriptor");
+    assert!(matches!(Store::reopen(NodeId(0), fd), Err(ReopenError::NotAStore)));
+}
+
 proptest! {
     /// Snapshots and images come and go in any order: what is left at the end is nothing, and
     /// what is there has the content that was put in.
     #[test]
-    fn everything_is_given_back(ops in proptest::collection::vec((0u8..4, any::<u8>(), 1usize..12), 1..60)) {
-        let store = Store::create(NodeId(0), 1 << 20).expect("a store");
+    fn everything_is_given_back(ops in proptest::collection::vec((0u8..5, any::<u8>(), 1usize..12), 1..60)) {
+        let mut store = Store::create(NodeId(0), 1 << 20).expect("a store");
         let mut snapshots = Vec::new();
         let mut images = Vec::new();
         for (kind, seed, n) in ops {
@@ -114,12 +167,25 @@ proptest! {
                 }
                 1 => {
                     let refers: Vec<_> = snapshots.iter().take(n).map(|(id, _)| *id).collect();
-                    images.extend(store.put_image(&[&vec![seed; n * 1000]], &refers).ok());
+                    let image = store.put_image(&[&vec![seed; n * 1000]], &refers);
+                    images.extend(image.ok());
                 }
-                2 if !images.is_empty() => {
+                2 if n % 3 == 0 => {
+                    let before = store.usage();
+                    store = take_over(store);
+                    for image in &mut images {
+                        *image = store
+                            .adopt_image(image.extent(), image.snapshots())
+                            .expect("it is there");
+                    }
+                    store.release_rest();
+                    let index = store.usage().index;
+                    prop_assert_eq!(store.usage(), StoreUse { index, ..before });
+                }
+                3 if !images.is_empty() => {
                     store.remove_image(images.swap_remove(n % images.len()));
                 }
-                3 if !snapshots.is_empty() => {
+                4 if !snapshots.is_empty() => {
                     let (id, _) = snapshots.swap_remove(n % snapshots.len());
                     store.retire_snapshot(id);
                 }

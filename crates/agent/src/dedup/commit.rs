@@ -143,6 +143,8 @@ impl Operation<'_> {
             standing.userfaults.iter().map(AsFd::as_fd).collect();
         let held = self
             .verify(&session, plan, registered, read)
+            // A sandbox that the holder believes to be away may not run on.
+            .map(|()| session.kill_with_tracer())
             .and_then(|()| {
                 let held = holder.hold(image, &descriptors, &plan.written());
                 Ok(held.map_err(Hindrance::Holder)?)

@@ -40,6 +40,7 @@ use crate::plan::{MappingKind, Plan, PlanError};
 use crate::view::SpaceView;
 use batch::{Batch, batches};
 use commit::Registered;
+pub use standing::let_run;
 use standing::{Standing, Watched};
 
 pub use cancel::Cancel;

@@ -1,5 +1,6 @@
 //! The sandbox during an operation: what was done to it so far, and the way back.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use medes_memory::session::{Freezer, Session};
@@ -116,23 +117,31 @@ impl<'a, F: Freezer> Standing<'a, F> {
             self.holder.resume().map_err(|why| lost("serving its memory", &why))?;
         }
         let phase = std::mem::replace(&mut self.phase, Phase::Runs);
-        if phase == Phase::Frozen {
-            match Session::open(&mut self.freezer, &SeizeOptions::default()) {
-                Ok(session) => {
-                    if let Err(error) = session.resume() {
-                        tracing::debug!(%error, "a wait may end early");
-                    }
-                }
-                Err(error) => tracing::debug!(%error, "a wait may end early"),
-            }
+        match phase {
+            Phase::Runs => Ok(()),
+            Phase::Frozen => let_run(&mut self.freezer),
+            Phase::Restartable => self.freezer.thaw(),
         }
-        if phase != Phase::Runs {
-            self.freezer.thaw().map_err(|why| lost("thawing", &why))?;
-        }
+        .map_err(|why| lost("thawing", &why))?;
         if self.fresh {
             // Who has touched a page that never was there waits until they are gone.
             self.userfaults.clear();
         }
         Ok(())
     }
+}
+
+/// Lets a frozen group of processes run as if nothing had happened, from whatever point of an
+/// operation that did not get as far as to drop anything. Thawing alone would end some waits.
+///
+/// Call it on an OS thread that ends with it ([`medes_memory::session::on_tracer_thread`]).
+///
+/// # Errors
+/// When the group can't be thawed.
+pub fn let_run<F: Freezer>(freezer: &mut F) -> io::Result<()> {
+    match Session::open(&mut *freezer, &SeizeOptions::default()).map(Session::resume) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) | Err(error) => tracing::debug!(%error, "a wait may end early"),
+    }
+    freezer.thaw()
 }

@@ -73,10 +73,14 @@ impl Setup {
 
     /// Sets one key of the configuration.
     pub fn set(mut self, section: &str, key: &str, value: impl Into<toml::Value>) -> Self {
+        self.change(section, key, value);
+        self
+    }
+
+    fn change(&mut self, section: &str, key: &str, value: impl Into<toml::Value>) {
         let empty = toml::Value::Table(toml::Table::new());
         let table = self.settings.entry(section).or_insert(empty);
         table.as_table_mut().unwrap().insert(key.to_owned(), value.into());
-        self
     }
 
     /// Has it listen on this port; a free one if not said.
@@ -287,8 +291,24 @@ impl Platform {
         assert!(left.is_empty(), "left in run_dir: {left:?}");
     }
 
+    /// Waits for the end of a platform that was told to leave its sandboxes: it must succeed.
+    pub fn leaves(&mut self) {
+        let status = self.wait();
+        assert!(status.success(), "{status}\n{}", self.log());
+        self.child = None;
+    }
+
+    /// Changes one key of the configuration, for the next start.
+    pub fn set(&mut self, section: &str, key: &str, value: impl Into<toml::Value>) {
+        self.setup.change(section, key, value);
+        self.write_config();
+    }
+
     /// Kills `medes serve` alone, as a crash would.
     pub fn crash(&mut self) {
+        if self.child.is_none() {
+            return;
+        }
         kill(Pid::from_raw(self.pid()), Signal::SIGKILL).unwrap();
         self.wait();
         self.child = None;

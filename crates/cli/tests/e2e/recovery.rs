@@ -41,17 +41,6 @@ fn starts_afresh(platform: &Platform, before: &[i32]) {
 }
 
 #[test]
-fn after_a_crash_of_the_daemon_another_one_cleans_up_and_serves() {
-    let mut platform = platform();
-    let mut before = platform.sandbox_processes();
-    before.push(platform.keeper());
-    platform.crash();
-    platform.restart();
-    starts_afresh(&platform, &before);
-    platform.stop();
-}
-
-#[test]
 fn after_a_crash_of_daemon_and_keeper_no_frozen_sandbox_stays() {
     let mut platform = platform();
     let before = platform.sandbox_processes();

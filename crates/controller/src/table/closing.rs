@@ -1,6 +1,6 @@
 //! The end: no new requests, then no sandboxes.
 
-use super::{Grant, Phase, Table};
+use super::{Effect, Grant, Phase, Table};
 use crate::error::InvokeError;
 
 impl Table {
@@ -21,17 +21,34 @@ impl Table {
         }
     }
 
-    /// Refuses what waits and ends every sandbox, running or not.
-    pub(crate) fn end_all(&mut self) {
+    /// No request is accepted from now on, and nothing begins by itself; sandboxes stay.
+    pub(crate) fn leave(&mut self) {
         self.closing = true;
+        self.leaving = true;
+        let deduping = self.sandboxes.values().filter(|e| e.phase == Phase::Deduping);
+        self.effects.extend(deduping.map(|e| Effect::CancelDedup(e.id)));
+    }
+
+    /// Refuses what waits.
+    pub(crate) fn refuse_waiting(&mut self) {
         for version in self.versions.values_mut() {
             for waiter in version.waiting.drain(..) {
                 let _ = waiter.grant.send(Grant::Refused(InvokeError::ShuttingDown));
             }
         }
+    }
+
+    /// Refuses what waits and ends every sandbox, running or not.
+    pub(crate) fn end_all(&mut self) {
+        self.closing = true;
+        self.refuse_waiting();
         for sandbox in self.sandboxes.keys().copied().collect::<Vec<_>>() {
             self.purge(sandbox);
         }
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving
     }
 
     pub(crate) fn is_closing(&self) -> bool {
@@ -44,6 +61,15 @@ impl Table {
             || self.sandboxes.values().any(|e| {
                 e.phase == Phase::Running || (e.phase == Phase::Restoring && e.for_request)
             })
+    }
+
+    /// Whether the state of any sandbox is being changed. Requests that run are no such change.
+    pub(crate) fn is_operating(&self) -> bool {
+        self.versions.values().any(|v| !v.starting.is_empty())
+            || self
+                .sandboxes
+                .values()
+                .any(|e| matches!(e.phase, Phase::Deduping | Phase::Restoring | Phase::Leaving))
     }
 
     /// Whether there is no sandbox, not even one on its way in or out.

@@ -39,6 +39,8 @@ pub(crate) struct Entry {
     pub(crate) claimed: bool,
     /// Restoring: a request has it, as against an operator.
     pub(crate) for_request: bool,
+    /// Running, inherited so: no request of this controller's has it.
+    pub(crate) inherited: bool,
     /// It may not go back to the pool.
     pub(crate) doomed: bool,
     pub(crate) created_ms: u64,
@@ -71,6 +73,7 @@ impl Entry {
             phase: Phase::Running,
             claimed: false,
             for_request: false,
+            inherited: false,
             doomed: false,
             created_ms: now_ms,
             since_ms: now_ms,
@@ -92,6 +95,7 @@ impl Entry {
         self.since_ms = now_ms;
         self.claimed = false;
         self.for_request = false;
+        self.inherited = false;
         self.ask_at_ms = u64::MAX;
     }
 

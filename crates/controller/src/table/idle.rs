@@ -54,6 +54,9 @@ impl Table {
 
     /// Carries out what is due, and says when to come again.
     pub(crate) fn tick(&mut self, now_ms: u64) -> u64 {
+        if self.leaving {
+            return u64::MAX;
+        }
         let mut due: Vec<(u64, SandboxId)> = self
             .sandboxes
             .values()

@@ -18,8 +18,10 @@ mod view;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use medes_core::{FunctionId, FunctionName, SandboxId, StartKind};
-use medes_node::{DedupFailure, DedupReport, NodeMemory, StartFailure};
+use medes_core::{FunctionId, FunctionName, SandboxId, SandboxState, StartKind};
+use medes_node::{
+    DedupFailure, DedupReport, Inheritance, InheritedSandbox, NodeMemory, StartFailure,
+};
 use medes_policy::{AgingClock, FunctionStats, Policy, PolicySettings, Pressure};
 use tokio::sync::oneshot;
 
@@ -127,6 +129,8 @@ pub(crate) struct Table {
     next_tick_ms: u64,
     next_number: u64,
     closing: bool,
+    /// Closing, and sandboxes stay.
+    leaving: bool,
     effects: Vec<Effect>,
 }
 
@@ -151,6 +155,7 @@ impl Table {
             next_tick_ms: u64::MAX,
             next_number: 0,
             closing: false,
+            leaving: false,
             effects: Vec::new(),
         }
     }
@@ -268,6 +273,43 @@ impl Table {
             entry.last_used_ms = last_used_ms;
         }
         self.free(now_ms, sandbox);
+    }
+
+    /// Takes in what the node has inherited. Returns the sandboxes that no function of now has.
+    pub(crate) fn adopt(&mut self, now_ms: u64, inheritance: &Inheritance) -> Vec<SandboxId> {
+        let mut unwanted = Vec::new();
+        for inherited in &inheritance.sandboxes {
+            let InheritedSandbox { sandbox, function, domain, state, warm_bytes } = *inherited;
+            let version = self.versions.get_mut(&function);
+            let Some(version) = version.filter(|v| v.deployed.spec.domain == domain) else {
+                unwanted.push(sandbox);
+                continue;
+            };
+            version.sandboxes.insert(sandbox);
+            let mut entry = Entry::new(sandbox, function, now_ms);
+            entry.warm_bytes = warm_bytes;
+            entry.memory = warm_bytes;
+            match state {
+                SandboxState::Dedup => entry.enter(Phase::Dedup, now_ms),
+                SandboxState::Warm => entry.enter(Phase::Warm, now_ms),
+                _ => entry.inherited = true,
+            }
+            self.sandboxes.insert(sandbox, entry);
+            self.ask_policy(now_ms, sandbox);
+        }
+        for (function, bases) in &inheritance.bases {
+            if let Some(version) = self.versions.get_mut(function) {
+                version.bases = *bases;
+            }
+        }
+        unwanted
+    }
+
+    /// A sandbox that was inherited running has nothing to do any more.
+    pub(crate) fn inherited_idle(&mut self, now_ms: u64, sandbox: SandboxId) {
+        if self.sandboxes.get(&sandbox).is_some_and(|e| e.inherited) {
+            self.free(now_ms, sandbox);
+        }
     }
 
     /// A sandbox could not be started: the request that has waited longest is told so.
@@ -407,9 +449,9 @@ impl Table {
         self.pump(now_ms);
         let idle = |e: &Entry| matches!(e.phase, Phase::Warm | Phase::Dedup);
         if self.sandboxes.get(&sandbox).is_some_and(idle) {
-            if self.closing {
+            if self.closing && !self.leaving {
                 self.purge(sandbox);
-            } else {
+            } else if !self.leaving {
                 self.ask_policy(now_ms, sandbox);
             }
         }
@@ -432,6 +474,7 @@ impl Table {
     pub(crate) fn ended_by_itself(&mut self, now_ms: u64, sandbox: SandboxId) {
         match self.sandboxes.get_mut(&sandbox).map(|e| (e.phase, e)) {
             Some((Phase::Warm | Phase::Dedup, _)) => self.gone(now_ms, sandbox),
+            Some((_, entry)) if entry.inherited => self.gone(now_ms, sandbox),
             Some((_, entry)) => entry.doomed = true,
             None => {}
         }

@@ -1,12 +1,17 @@
 //! The life of sandboxes: timers, policy, pressure, the operator's hand, the end.
 
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use medes_core::{SandboxState, StartKind};
+use medes_core::{FunctionId, SandboxId, SandboxState, StartKind};
+use medes_node::{Inheritance, InheritedSandbox, NodeApi};
 use tokio::time::sleep;
 
 use crate::error::HandError;
-use crate::testing::{Rig, periods};
+use crate::fake::FakeNode;
+use crate::table::Table;
+use crate::testing::{Rig, deployed, periods};
 
 fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -245,6 +250,68 @@ async fn shutdown_lets_requests_end_within_the_grace_period() {
         end.await.unwrap();
         rig.end().await;
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn sandboxes_that_are_left_stay_as_they_are() {
+    let rig = Rig::new(|c| c.policy = periods(1_000, 60_000, 60_000));
+    rig.deploy("f").await;
+    rig.deploy("g").await;
+    for function in ["f", "g"] {
+        rig.invoke(function, "1").await.unwrap();
+    }
+    sleep(ms(1_500)).await;
+    rig.invoke("f", "1").await.unwrap();
+    let payload = r#"{"sleep_ms":500}"#;
+    let running = rig.invoke("f", payload);
+    let (answer, ()) = tokio::join!(running, async {
+        sleep(ms(100)).await;
+        rig.controller.leave().await;
+    });
+    assert!(answer.unwrap().error.is_none(), "it ended within the grace period");
+    assert_eq!(rig.invoke("f", "1").await, Err(crate::InvokeError::ShuttingDown));
+    assert_eq!((rig.states(), rig.node.count()), (vec!["dedup".into(), "warm".into()], 2));
+    sleep(ms(120_000)).await;
+    rig.controller.shutdown().await;
+    assert_eq!(rig.node.count(), 2, "nobody decides over them any more");
+    assert_eq!(rig.node.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn sandboxes_of_functions_that_are_there_are_taken_over() {
+    let (node, _) = FakeNode::new(1);
+    let mut table = Table::new(Arc::default(), periods(1_000, 60_000, 60_000), node.memory());
+    let f = deployed("f", 1);
+    table.install(0, Arc::new(f.clone()));
+    let inherited = |n, function, state| InheritedSandbox {
+        sandbox: SandboxId(n),
+        function,
+        domain: f.spec.domain,
+        state,
+        warm_bytes: 7,
+    };
+    let id = f.spec.id;
+    let sandboxes = vec![
+        inherited(1, id, SandboxState::Dedup),
+        inherited(2, id, SandboxState::Warm),
+        inherited(3, id, SandboxState::Running),
+        inherited(4, id, SandboxState::Running),
+        inherited(5, FunctionId(999), SandboxState::Dedup),
+    ];
+    let inheritance = Inheritance { sandboxes, bases: HashMap::from([(id, 3)]) };
+    assert_eq!(table.adopt(0, &inheritance), [SandboxId(5)]);
+    let state = |table: &Table, n| {
+        let all = table.sandboxes_of(&f.spec.name).unwrap();
+        all.into_iter().find(|(id, _)| *id == SandboxId(n)).map(|(_, state)| state)
+    };
+    assert_eq!(state(&table, 1), Some(SandboxState::Dedup));
+    assert_eq!(state(&table, 3), Some(SandboxState::Running));
+    assert!(table.is_busy());
+    table.inherited_idle(5, SandboxId(3));
+    table.inherited_idle(5, SandboxId(2));
+    table.ended_by_itself(5, SandboxId(4));
+    assert_eq!(state(&table, 3), Some(SandboxState::Warm));
+    assert_eq!((state(&table, 2), state(&table, 4)), (Some(SandboxState::Warm), None));
 }
 
 impl Rig {

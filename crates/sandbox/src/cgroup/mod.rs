@@ -244,6 +244,15 @@ impl Cgroup {
         write(&self.unified.join("cgroup.freeze"), "0")
     }
 
+    /// Whether [`Cgroup::freeze`] was asked for and not taken back, whether or not every process is
+    /// stopped by now.
+    ///
+    /// # Errors
+    /// If the cgroup is gone.
+    pub fn is_to_be_frozen(&self) -> Result<bool, CgroupError> {
+        Ok(read(&self.unified.join("cgroup.freeze"))?.trim() == "1")
+    }
+
     /// Whether every process is stopped by [`Cgroup::freeze`].
     ///
     /// # Errors
