@@ -274,29 +274,33 @@ impl Policy for Medes {
         // What runs needs its memory whatever is decided here.
         let mut left = total;
         let mut buyers = Vec::new();
-        let mut known = vec![None; functions.len()];
+        let mut bought = Vec::new();
+        let mut directives = vec![Directive::default(); functions.len()];
         for (i, (stats, rate)) in functions.iter().zip(&rates).enumerate() {
             let Some(model) = Model::of(stats, now_ms) else { continue };
             left -= rate * model.warm_period() * model.warm_bytes;
-            known[i] = Some(buyers.len());
-            buyers.push(Buyer {
+            let buyer = Buyer {
                 model,
                 rate: *rate,
                 curve: stats.gaps().curve(),
                 priority: stats.settings.priority.unwrap_or(1.0),
-            });
+            };
+            match stats.settings.budget {
+                // Who has a budget of its own does not bid for the others'.
+                Some(own) => {
+                    let keep = spend(std::slice::from_ref(&buyer), own as f64)[0];
+                    left -= buyer.outlook(keep).bytes;
+                    directives[i] = Directive::keep(keep);
+                }
+                None => {
+                    buyers.push(buyer);
+                    bought.push(i);
+                }
+            }
         }
-        let keeps = spend(&buyers, left.max(0.0));
-        known
-            .into_iter()
-            .map(|i| match i {
-                None => Directive::default(),
-                Some(i) => Directive {
-                    budget: None,
-                    warm_ms: Some(keeps[i].warm_ms),
-                    purge_ms: Some(keeps[i].purge_ms),
-                },
-            })
-            .collect()
+        for (i, keep) in bought.into_iter().zip(spend(&buyers, left.max(0.0))) {
+            directives[i] = Directive::keep(keep);
+        }
+        directives
     }
 }

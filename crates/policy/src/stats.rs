@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::adaptive::IdleTimes;
 use crate::gaps::ReuseGaps;
 use crate::histogram::Histogram;
+use crate::price::Keep;
 
 /// The weight of the newest value in a moving average.
 const WEIGHT: f64 = 0.1;
@@ -111,6 +112,12 @@ pub struct Directive {
     pub warm_ms: Option<u64>,
     /// How long after their last request its sandboxes are purged, milliseconds.
     pub purge_ms: Option<u64>,
+}
+
+impl Directive {
+    pub(crate) fn keep(keep: Keep) -> Self {
+        Self { budget: None, warm_ms: Some(keep.warm_ms), purge_ms: Some(keep.purge_ms) }
+    }
 }
 
 /// [`FunctionStats`] in a form to be shown. Times are microseconds, sizes bytes; `None` where

@@ -120,6 +120,13 @@ fn a_budget_goes_to_those_who_gain_most_and_not_by_rate() {
     let by_benefit = plan(Form::Served);
     assert!(by_benefit[1].purge_ms.unwrap() >= 20 * MINUTE, "{by_benefit:?}");
     assert_eq!(plan(Form::Served), by_benefit);
+    // With a budget of its own it does not bid for the others' memory.
+    let mut poor = rare.clone();
+    poor.settings.budget = Some(1);
+    let served = medes(objective, Form::Served);
+    let planned = served.plan(now, &[&busy, &poor], pressure);
+    assert_eq!(planned[1].purge_ms, Some(0));
+    assert!(planned[0].purge_ms >= by_benefit[0].purge_ms, "{planned:?}");
 }
 
 #[test]

@@ -7,6 +7,11 @@
 //! free first serves whoever has waited longest. The same inputs and seed give the same result,
 //! to the last digit.
 //!
+//! Two things are simpler than in the controller. Room for a request that waits is made by ending
+//! idle sandboxes, and dedup only keeps the headroom, where the controller waits for a dedup
+//! operation; and a restore is never refused its memory, so that a node may be above its limit
+//! while requests run.
+//!
 //! What is not simulated: processors (requests don't slow each other down, whatever runs at the
 //! same time), failures, and the network but for the base pages that a restore reads from another
 //! node.
