@@ -60,7 +60,12 @@ async fn serve(config: &Config, listener: TcpListener) -> anyhow::Result<()> {
     let controller = match opened {
         Ok(controller) => controller,
         Err(error) => {
-            node.close().await;
+            // What an earlier daemon left waits for one that can start.
+            if node.took_over() {
+                node.leave();
+            } else {
+                node.close().await;
+            }
             return Err(error.into());
         }
     };

@@ -1,28 +1,28 @@
 //! One sandbox as the keeper holds it.
 
+mod handover;
+
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use medes_agent::dedup::let_run;
 use medes_agent::restore::{HeldImage, RestoreBuffers};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::WorkingSet;
 use medes_core::SandboxId;
-use medes_memory::session::{Freezer, on_tracer_thread};
 use medes_runtime::lambda::deadline_ms;
 use medes_runtime::{LambdaApi, Request, RuntimeEvent};
-use medes_sandbox::{Cgroup, Exit, Running};
+use medes_sandbox::{Exit, Running};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::caller::Caller;
 use crate::logs::{LogWriter, MAX_LINE};
-use crate::protocol::{Answer, Ending, Holding, Listed, Restored, Started, Whereabouts};
+use crate::protocol::{Answer, Ending, Restored, Started};
 use crate::returning::{Returning, Service};
 use crate::spawner::Spawned;
 
@@ -31,8 +31,6 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// How long a runtime may take from its answer until it asks for the next request. It takes a
 /// millisecond, unless the machine is busy.
 const IDLE_LIMIT: Duration = Duration::from_millis(500);
-/// How long a sandbox that is being frozen may take for it.
-const FREEZE_LIMIT: Duration = Duration::from_secs(2);
 
 /// A sandbox: its process, its Runtime API, and who waits for it.
 pub(crate) struct Held {
@@ -512,89 +510,6 @@ impl Held {
         Ok(())
     }
 
-    /// The daemon is gone: whatever it left unfinished comes to a state that another daemon can go
-    /// on from. Blocks.
-    pub(crate) fn orphan(self: &Arc<Self>) {
-        let (suspended, held) = {
-            let mut state = self.lock();
-            if state.ended.is_some() {
-                return;
-            }
-            let starting = state.starting.take().map(|_| Orphan::Start);
-            let pending = state.pending.take().map(|_| Orphan::Request);
-            if let Some(orphan) = starting.or(pending) {
-                state.orphan = Some(orphan);
-                if let Some(deadline) = state.deadline {
-                    tokio::spawn(Arc::clone(self).end_at(deadline));
-                }
-            }
-            (matches!(state.memory, Memory::Suspended(_)), matches!(state.memory, Memory::Held(..)))
-        };
-        let cgroup = self.running.cgroup();
-        let is_to_be_frozen = cgroup.is_to_be_frozen().unwrap_or(false);
-        if held && !is_to_be_frozen {
-            // It would run without the memory that has gone.
-            tracing::error!(sandbox = %self.id, "not frozen, without its memory: it is killed");
-            self.kill();
-        }
-        if held {
-            return;
-        }
-        if suspended && let Err(error) = self.resume() {
-            tracing::error!(sandbox = %self.id, error, "it is killed");
-            return;
-        }
-        if is_to_be_frozen && let Err(error) = on_tracer_thread(|| let_run(&mut Group(cgroup))) {
-            tracing::error!(sandbox = %self.id, %error, "it can't be thawed and is killed");
-            self.kill();
-        }
-    }
-
-    /// Kills the sandbox if it is still busy for nobody at its deadline.
-    async fn end_at(self: Arc<Self>, deadline: tokio::time::Instant) {
-        tokio::time::sleep_until(deadline).await;
-        let overdue = {
-            let state = self.lock();
-            state.orphan.is_some() && state.deadline == Some(deadline)
-        };
-        if overdue {
-            tracing::info!(sandbox = %self.id, "out of time; killed");
-            self.kill();
-        }
-    }
-
-    /// What another daemon has to know; `None` if it has ended. The descriptors named are put into
-    /// `descriptors`, so that they stay what they are.
-    pub(crate) fn list(&self, descriptors: &mut Vec<OwnedFd>) -> Option<Listed> {
-        let state = self.lock();
-        if state.ended.is_some() {
-            return None;
-        }
-        let mut keep = |userfaults: Vec<OwnedFd>| {
-            let numbers = userfaults.iter().map(AsRawFd::as_raw_fd).collect();
-            descriptors.extend(userfaults);
-            numbers
-        };
-        let memory = match &state.memory {
-            Memory::Present => Whereabouts::Present,
-            Memory::Held(image, _) => {
-                let userfaults = image.userfaults().iter().map(OwnedFd::try_clone);
-                let userfaults = keep(userfaults.collect::<Result<_, _>>().unwrap_or_default());
-                Whereabouts::Away(Holding { image: image.image(), userfaults })
-            }
-            Memory::Returning(memory) | Memory::Suspended(memory) => match memory.image() {
-                Some(image) => {
-                    let userfaults = keep(memory.userfaults());
-                    Whereabouts::Returning(memory.number(), Holding { image, userfaults })
-                }
-                // All of it has just come back.
-                None => Whereabouts::Present,
-            },
-        };
-        let busy = state.orphan.is_some() || state.starting.is_some() || state.pending.is_some();
-        Some(Listed { sandbox: self.id, label: self.label.clone(), busy, memory })
-    }
-
     /// How many faults were answered, and pages put back, since the newest restore.
     pub(crate) fn returned(&self) -> (u64, u64) {
         match &self.lock().memory {
@@ -605,23 +520,6 @@ impl Held {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-}
-
-/// A sandbox's processes as a group that can be frozen.
-struct Group<'a>(&'a Cgroup);
-
-impl Freezer for Group<'_> {
-    fn freeze(&mut self) -> std::io::Result<()> {
-        self.0.freeze(FREEZE_LIMIT).map_err(std::io::Error::other)
-    }
-
-    fn thaw(&mut self) -> std::io::Result<()> {
-        self.0.thaw().map_err(std::io::Error::other)
-    }
-
-    fn processes(&mut self) -> std::io::Result<Vec<i32>> {
-        self.0.processes().map_err(std::io::Error::other)
     }
 }
 

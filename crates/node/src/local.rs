@@ -64,7 +64,7 @@ impl Node {
                 begin(&config, &root).await?
             }
         };
-        let taken_over = !inheritance.sandboxes.is_empty() || !inheritance.bases.is_empty();
+        let took_over = !inheritance.sandboxes.is_empty() || !inheritance.bases.is_empty();
         let (events, received) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             runtimes: Runtimes::below(&config.data_dir),
@@ -73,6 +73,7 @@ impl Node {
             unused: Unused::default(),
             keeper: RwLock::new(keeper),
             inheritance: Mutex::new(inheritance),
+            took_over,
             closing: false.into(),
             config,
             store,
@@ -82,7 +83,7 @@ impl Node {
             events,
             lock,
         });
-        if taken_over {
+        if took_over {
             let sandboxes = shared.inheritance.lock().sandboxes.len();
             tracing::info!(sandboxes, "took over what the instance before left");
             if let Err(error) = takeover::refill_registry(&shared) {
@@ -93,6 +94,12 @@ impl Node {
         let idle = Duration::from_millis(shared.config.dedup.base_idle_ms);
         tokio::spawn(bases::sweep(Arc::downgrade(&shared), idle));
         Ok((Self { shared }, received))
+    }
+
+    /// Whether sandboxes or base snapshots of an earlier node were taken over.
+    #[must_use]
+    pub fn took_over(&self) -> bool {
+        self.shared.took_over
     }
 
     /// Leaves everything to the next node that is opened with this run directory: the keeper and

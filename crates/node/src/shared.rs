@@ -40,6 +40,8 @@ pub(crate) struct Shared {
     pub(crate) events: mpsc::UnboundedSender<NodeEvent>,
     /// What was taken over, until somebody asks.
     pub(crate) inheritance: Mutex<Inheritance>,
+    /// Whether anything was.
+    pub(crate) took_over: bool,
     pub(crate) closing: AtomicBool,
     pub(crate) lock: InstanceLock,
 }
