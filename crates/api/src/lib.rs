@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod attached;
 mod body;
 mod error;
 mod lambda;
@@ -23,6 +24,7 @@ use axum::Router;
 use axum::http::{Method, Uri};
 use axum::response::Response;
 use axum::serve::ListenerExt;
+use medes_attach::Client;
 use medes_controller::Controller;
 use medes_node::NodeApi;
 use tokio::net::TcpListener;
@@ -33,9 +35,11 @@ pub use error::ApiError;
 /// How long connections may linger once nothing is left to be answered.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// Everything that the front door answers.
-pub fn router<N: NodeApi>(controller: Controller<N>) -> Router {
+/// Everything that the front door answers. With `attach`, clients may have any process of the host
+/// deduplicated.
+pub fn router<N: NodeApi>(controller: Controller<N>, attach: Option<Client>) -> Router {
     Router::new()
+        .merge(attached::routes(attach))
         .merge(native::routes().with_state(controller.clone()))
         .merge(lambda::routes(controller))
         .fallback(unknown)
@@ -61,6 +65,7 @@ async fn unknown(method: Method, uri: Uri) -> Response {
 pub async fn serve<N: NodeApi>(
     listener: TcpListener,
     controller: Controller<N>,
+    attach: Option<Client>,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
     // Head and body of an answer are two segments; Nagle's algorithm and delayed acknowledgements
@@ -71,7 +76,7 @@ pub async fn serve<N: NodeApi>(
         }
     });
     let (stop, stopped) = oneshot::channel::<()>();
-    let server = axum::serve(listener, router(controller.clone()))
+    let server = axum::serve(listener, router(controller.clone(), attach))
         .with_graceful_shutdown(async move {
             let _ = stopped.await;
         })

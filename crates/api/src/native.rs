@@ -67,7 +67,8 @@ pub(crate) fn no_such_route(method: &Method, path: &str) -> Response {
          /v1/functions/NAME/logs, /v1/tenants and /v1/sandboxes, GET, PUT and DELETE /v1/policy \
          and /v1/functions/NAME/policy, GET, PUT and DELETE /v1/functions/NAME, POST \
          /v1/functions/NAME/invoke, start, dedup, restore and purge, POST /v1/sandboxes/ID/dedup \
-         and restore, DELETE /v1/sandboxes/ID, POST /v1/shutdown, and AWS Lambda's operations below \
+         and restore, DELETE /v1/sandboxes/ID, GET and POST /v1/attached, \
+         POST /v1/attached/ID/restore, POST /v1/shutdown, and AWS Lambda's operations below \
          /2015-03-31/functions"
     );
     ApiError::new(StatusCode::NOT_FOUND, "NoSuchRoute", message).into_response()

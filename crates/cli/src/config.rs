@@ -46,11 +46,13 @@ pub struct Config {
 pub struct Api {
     /// Address and port of the HTTP API.
     pub listen: SocketAddr,
+    /// Whether clients may have any process of this host deduplicated (`/v1/attached`).
+    pub attach: bool,
 }
 
 impl Default for Api {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)) }
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9400)), attach: false }
     }
 }
 
@@ -254,10 +256,16 @@ pub struct Runtime {
 const COMMENTS: &[(&str, &[(&str, &str)])] = &[
     (
         "api",
-        &[(
-            "listen",
-            "Address and port of the HTTP API. There is no authentication: keep it on loopback.",
-        )],
+        &[
+            (
+                "listen",
+                "Address and port of the HTTP API. There is no authentication: keep it on loopback.",
+            ),
+            (
+                "attach",
+                "Whether clients may have any process of this host deduplicated (/v1/attached).",
+            ),
+        ],
     ),
     (
         "node",

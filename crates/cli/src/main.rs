@@ -59,6 +59,7 @@ enum Command {
     /// End sandboxes now; a running one only if it is named.
     Purge(Target),
     Policy(commands::policy::PolicyCommand),
+    Attach(commands::attach::AttachCommand),
     Runtime(commands::runtime::RuntimeCommand),
     Doctor(doctor::DoctorCommand),
     Demo(demo::DemoCommand),
@@ -71,6 +72,8 @@ enum Command {
     Version(commands::version::VersionCommand),
     #[command(name = serve::KEEPER_COMMAND, hide = true)]
     Keeper(KeeperCommand),
+    #[command(name = commands::attach::HOLDER_COMMAND, hide = true)]
+    AttachHolder(commands::attach::HolderCommand),
 }
 
 /// Run the platform: controller, node and HTTP API in one process.
@@ -121,6 +124,8 @@ fn run(command: Command, global: &Global) -> Outcome {
         Command::Restore(t) => t.run(global, Operation::Restore),
         Command::Purge(t) => t.run(global, Operation::Purge),
         Command::Policy(c) => c.run(global),
+        Command::Attach(c) => c.run(),
+        Command::AttachHolder(c) => c.run(),
         Command::Runtime(c) => c.run(global),
         Command::Doctor(c) => c.run(global),
         Command::Demo(c) => c.run(),

@@ -3,6 +3,7 @@
 use std::net::TcpListener;
 
 use anyhow::{Context, ensure};
+use medes_attach::RUN_DIR;
 use medes_controller::{Controller, ControllerConfig};
 use medes_core::NodeId;
 use medes_keeper::KeeperConfig;
@@ -12,6 +13,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+use crate::commands::attach;
 use crate::config::{Config, Log, LogFormat};
 
 /// The hidden subcommand that makes this program a keeper.
@@ -94,7 +96,8 @@ async fn serve(config: &Config, listener: TcpListener) -> anyhow::Result<()> {
             }
         }
     };
-    let served = medes_api::serve(listener, controller.clone(), stop).await;
+    let attach = if config.api.attach { Some(attach::local(RUN_DIR.into())?) } else { None };
+    let served = medes_api::serve(listener, controller.clone(), attach, stop).await;
     if controller.is_leaving() {
         node.leave();
         tracing::info!("the daemon has ended; its sandboxes go on");
@@ -128,7 +131,7 @@ fn raise_descriptor_limit() {
     }
 }
 
-fn log_to_stderr(log: &Log) -> anyhow::Result<()> {
+pub(crate) fn log_to_stderr(log: &Log) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&log.level)
         .with_context(|| format!("[log] level = {:?} in the configuration", log.level))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);

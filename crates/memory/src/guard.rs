@@ -7,10 +7,14 @@
 //! descriptors, whatever is opened later included, and lives until this one is wholly dead: by then
 //! the signals have been sent.
 //!
+//! Processes that are nobody's children here are killed by the guard itself, as [`Orders`] say.
+//!
 //! [`PR_SET_PDEATHSIG`]: https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use crate::sys;
 
@@ -29,6 +33,15 @@ impl Guard {
     /// # Errors
     /// When there is no room for another process, or the kernel is older than 5.3.
     pub fn start() -> io::Result<Self> {
+        Self::start_with(None)
+    }
+
+    /// As [`Guard::start`], with orders to be carried out at this process's death.
+    ///
+    /// # Errors
+    /// As [`Guard::start`].
+    pub fn start_with(orders: Option<&Orders>) -> io::Result<Self> {
+        let slots = orders.map(|orders| orders.0.slots());
         let own = sys::pidfd_open(std::process::id() as i32)?;
         let mut pidfd: i32 = -1;
         let mut poll = libc::pollfd { fd: own.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -52,6 +65,11 @@ impl Guard {
                 // SAFETY: `poll` is one live pollfd, and there is no timeout.
                 let ready = unsafe { libc::syscall(libc::SYS_poll, &raw mut poll, 1, -1) };
                 if ready == 1 {
+                    let fds = slots.into_iter().flatten().map(|slot| slot.load(Ordering::SeqCst));
+                    for fd in fds.filter(|fd| *fd >= 0) {
+                        // SAFETY: writes one byte of a constant.
+                        unsafe { libc::syscall(libc::SYS_write, fd, c"1".as_ptr(), 1) };
+                    }
                     // SAFETY: ends the process.
                     unsafe { libc::syscall(libc::SYS_exit_group, 0) };
                 }
@@ -81,6 +99,83 @@ impl Guard {
                 other => return other.map(drop),
             }
         }
+    }
+}
+
+/// What a guard does at the death of the process that it guards: it writes `1` to files, such as
+/// `cgroup.kill`, which killed everybody in the cgroup by the time that the write returns.
+#[derive(Clone, Debug)]
+pub struct Orders(Arc<Shared>);
+
+/// One page that guards, started before or after, see as it is at the moment.
+#[derive(Debug)]
+struct Shared(*mut [AtomicI32; SLOTS]);
+
+/// Orders that there can be at a time: what fits into a page.
+const SLOTS: usize = crate::PAGE_SIZE as usize / size_of::<AtomicI32>();
+
+// SAFETY: the page is mapped as long as this lives, and only ever used as atomics.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+/// An order. Dropping it takes it back.
+#[derive(Debug)]
+pub struct Order {
+    orders: Orders,
+    slot: usize,
+    /// Open as long as the guard may write to it.
+    _file: OwnedFd,
+}
+
+impl Orders {
+    /// No orders yet.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub fn new() -> io::Result<Self> {
+        let (protection, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+        let size = crate::PAGE_SIZE as usize;
+        // SAFETY: a new mapping, wherever the kernel likes.
+        let page = unsafe { libc::mmap(std::ptr::null_mut(), size, protection, flags, -1, 0) };
+        if page == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let shared = Shared(page.cast());
+        shared.slots().iter().for_each(|slot| slot.store(-1, Ordering::SeqCst));
+        Ok(Self(Arc::new(shared)))
+    }
+
+    /// Has `1` written to `file` at this process's death; `None` if there are too many orders.
+    #[must_use]
+    pub fn add(&self, file: OwnedFd) -> Option<Order> {
+        let fd = file.as_raw_fd();
+        let free = |slot: &AtomicI32| {
+            slot.compare_exchange(-1, fd, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        };
+        let slot = self.0.slots().iter().position(free)?;
+        Some(Order { orders: self.clone(), slot, _file: file })
+    }
+}
+
+impl Shared {
+    fn slots(&self) -> &[AtomicI32; SLOTS] {
+        // SAFETY: a live page, aligned, and any bytes are valid atomics.
+        unsafe { &*self.0 }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // SAFETY: nobody has a reference to the page any more; guards have mappings of their own.
+        unsafe { libc::munmap(self.0.cast(), crate::PAGE_SIZE as usize) };
+    }
+}
+
+impl Drop for Order {
+    fn drop(&mut self) {
+        self.orders.0.slots()[self.slot].store(-1, Ordering::SeqCst);
     }
 }
 

@@ -51,7 +51,7 @@ impl Door {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = format!("http://{}", listener.local_addr().unwrap());
             let never = std::future::pending();
-            (address, tokio::spawn(medes_api::serve(listener, controller, never)))
+            (address, tokio::spawn(medes_api::serve(listener, controller, None, never)))
         });
         Self { node, _dir: dir, address, runtime, served }
     }

@@ -1,6 +1,7 @@
 //! The commands, one module per group, and what they have in common.
 
 pub mod analyze;
+pub mod attach;
 pub mod bench;
 pub mod config;
 pub mod deploy;
