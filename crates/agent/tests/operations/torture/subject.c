@@ -331,26 +331,36 @@ static void set_up_mremap(void) {
     }
 }
 
+/* While a userfaultfd is being released, two mappings that belong together can be two for the
+ * kernel for a moment, and mremap says EFAULT. */
+static char *move(char *at, size_t old, size_t new, int flags, char *to) {
+    for (int n = 0;; n++) {
+        char *got = mremap(at, old * PAGE, new * PAGE, flags, to);
+        if (got != MAP_FAILED || errno != EFAULT || n == 100) return got;
+        usleep(1000);
+    }
+}
+
 static void round_mremap(void) {
     struct arena *a = &moving[below(MOVING)];
     size_t pages = 16 + below(ROOM - 16);
     char *at, *target;
     switch (below(4)) {
     case 0: /* grow or shrink, and move if need be */
-        at = mremap(a->base, a->pages * PAGE, pages * PAGE, MREMAP_MAYMOVE);
+        at = move(a->base, a->pages, pages, MREMAP_MAYMOVE, NULL);
         MUST(at != MAP_FAILED);
         break;
     case 1: /* onto something else */
         target = map(ROOM, PROT_READ | PROT_WRITE, 0);
         memset(target, 0x5a, ROOM * PAGE);
-        at = mremap(a->base, a->pages * PAGE, pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, target);
+        at = move(a->base, a->pages, pages, MREMAP_MAYMOVE | MREMAP_FIXED, target);
         MUST(at == target && !munmap(target + pages * PAGE, (ROOM - pages) * PAGE));
         break;
     case 2: { /* leave an empty mapping behind */
         struct arena empty = *a;
         uint32_t none[ROOM] = {0};
         pages = a->pages;
-        at = mremap(a->base, pages * PAGE, pages * PAGE, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
+        at = move(a->base, pages, pages, MREMAP_MAYMOVE | MREMAP_DONTUNMAP, NULL);
         MUST(at != MAP_FAILED);
         empty.versions = none;
         check_all(&empty);
@@ -360,7 +370,7 @@ static void round_mremap(void) {
     default: /* one half of it, and back */
         pages = a->pages;
         target = map(pages, PROT_NONE, MAP_NORESERVE);
-        at = mremap(a->base, pages / 2 * PAGE, pages / 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, target);
+        at = move(a->base, pages / 2, pages / 2, MREMAP_MAYMOVE | MREMAP_FIXED, target);
         MUST(at == target);
         {
             struct arena half = *a;
@@ -368,7 +378,7 @@ static void round_mremap(void) {
             half.pages = pages / 2;
             touch(&half, 8);
         }
-        target = mremap(at, pages / 2 * PAGE, pages / 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, a->base);
+        target = move(at, pages / 2, pages / 2, MREMAP_MAYMOVE | MREMAP_FIXED, a->base);
         MUST(target == a->base && !munmap(at, pages * PAGE));
         at = a->base;
     }
