@@ -123,7 +123,7 @@ impl HeldImage {
             }
             pages += write_file_pages(&index, process, buffers)?;
             let space = AddressSpace::new(&index, process, false, userfault, view);
-            let ranges = working_set.ranges.get(process).map_or(&[][..], Vec::as_slice);
+            let ranges = working_set.early.get(process).map_or(&[][..], Vec::as_slice);
             for PrefetchRange { range, written } in ranges {
                 let watch = if *written { Watch::No } else { Watch::Yes };
                 pages += space.put_back(range.clone(), watch, buffers)?;
@@ -364,7 +364,23 @@ impl AddressSpace {
         }
     }
 
-    /// Puts the pages of a range back, those that are not there yet. Returns how many there were.
+    /// Puts pages back that will be needed, those that are not there yet. Returns how many there
+    /// were. What the process is changing just then comes when it is needed.
+    ///
+    /// # Errors
+    /// As [`AddressSpace::serve`].
+    pub fn prefetch(
+        &self,
+        prefetch: &PrefetchRange,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<u64, RestoreError> {
+        let watch = if prefetch.written { Watch::No } else { Watch::Yes };
+        match self.put_back(prefetch.range.clone(), watch, buffers) {
+            Err(RestoreError::Fill(FillError::Changing { .. })) => Ok(0),
+            other => other,
+        }
+    }
+
     fn put_back(
         &self,
         range: Range<u64>,
@@ -372,6 +388,9 @@ impl AddressSpace {
         buffers: &mut RestoreBuffers,
     ) -> Result<u64, RestoreError> {
         let mut state = self.lock();
+        if state.suspended {
+            return Ok(0);
+        }
         let mut pages = 0;
         for part in state.view.parts(range) {
             pages += self.put_back_locked(&mut state, part, watch, buffers)?;

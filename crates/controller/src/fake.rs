@@ -218,12 +218,28 @@ fn answer(payload: impl Into<Bytes>) -> Outcome {
     let payload = payload.into();
     // As of a restore that put 7 pages back, and a request that waited for two more; only told
     // after a restore.
-    Outcome { payload, error: None, execution_us: 0, faults: 2, pages: 9, alive: true }
+    Outcome {
+        payload,
+        error: None,
+        execution_us: 0,
+        faults: 2,
+        pages: 2,
+        prefetched: 7,
+        alive: true,
+    }
 }
 
 fn failed(error: InvocationError, alive: bool) -> Outcome {
     let error = Some(error);
-    Outcome { payload: Bytes::new(), error, execution_us: 0, faults: 0, pages: 0, alive }
+    Outcome {
+        payload: Bytes::new(),
+        error,
+        execution_us: 0,
+        faults: 0,
+        pages: 0,
+        prefetched: 0,
+        alive,
+    }
 }
 
 impl NodeApi for FakeNode {

@@ -244,6 +244,7 @@ impl<N: NodeApi> Inner<N> {
             execution_us,
             faults: 0,
             pages: 0,
+            prefetched: 0,
             alive: false,
         };
         let operation = self.guarded(move |inner| async move {
@@ -267,11 +268,11 @@ impl<N: NodeApi> Inner<N> {
         }
         timing.execution_us = outcome.execution_us;
         let memory = restored.map(|report| MemoryReturn {
-            pages_before: report.pages,
+            pages_before: outcome.prefetched,
             prefetch_us: report.pages_us,
             thaw_us: report.thaw_us,
             faults: outcome.faults,
-            pages_on_demand: outcome.pages.saturating_sub(report.pages),
+            pages_on_demand: outcome.pages,
         });
 
         // The sandbox is given back before the answer goes out, so that a client which asks again

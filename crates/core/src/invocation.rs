@@ -43,9 +43,9 @@ pub struct Timing {
 /// its execution. Times are microseconds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct MemoryReturn {
-    /// Pages put back before the sandbox ran: its function's working set.
+    /// Pages put back before they were needed: the function's working set.
     pub pages_before: u64,
-    /// Putting them back; part of [`Timing::startup_us`].
+    /// Putting back those without which the sandbox does not begin; part of [`Timing::startup_us`].
     pub prefetch_us: u64,
     /// Letting the sandbox run; part of [`Timing::startup_us`].
     pub thaw_us: u64,

@@ -228,10 +228,8 @@ pub enum Reply {
     Answered {
         /// The answer.
         answer: Answer,
-        /// Page faults answered since the newest restore, while memory is on its way back.
-        faults: u64,
-        /// Pages put back since then, the first ones included.
-        pages: u64,
+        /// What memory has come back since the newest restore, if some is on its way.
+        returned: Returned,
     },
     /// To [`Command::Restore`].
     Restored(Restored),
@@ -263,6 +261,17 @@ pub enum Answer {
     TooLarge(u64),
     /// The process ended first.
     Ended(Ending),
+}
+
+/// How memory came back since a restore.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Returned {
+    /// Pages put back because they belong to the function's working set.
+    pub prefetched: u64,
+    /// Page faults answered.
+    pub faults: u64,
+    /// Pages put back for them.
+    pub pages: u64,
 }
 
 /// What a restore did.

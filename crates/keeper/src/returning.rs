@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
+use crate::protocol::Returned;
 use medes_agent::RestoreError;
 use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Revived, Served};
 use medes_agent::view::SpaceView;
@@ -51,7 +52,10 @@ pub(crate) struct Returning {
     /// Whether all is back.
     filled: AtomicBool,
     faults: AtomicU64,
+    /// Pages put back because a thread waited for one of them.
     pages: AtomicU64,
+    /// Pages put back because they belong to the working set.
+    prefetched: AtomicU64,
     kill: Box<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -130,13 +134,34 @@ impl Service {
             filling: Mutex::default(),
             filled: false.into(),
             faults: 0.into(),
-            pages: revived.pages.into(),
+            pages: 0.into(),
+            prefetched: revived.pages.into(),
             kill,
         });
         for space in revived.spaces {
             self.shared.watch(&memory, space)?;
         }
         Ok(memory)
+    }
+
+    /// Puts the part of the working set back that is left for when the sandbox runs.
+    pub(crate) fn prefetch(&self, memory: &Returning, buffers: &mut RestoreBuffers) {
+        let spaces: Vec<Arc<AddressSpace>> =
+            lock(&memory.spaces).iter().map(|watch| Arc::clone(&watch.space)).collect();
+        for (process, range) in &memory.prefetch.late {
+            if memory.stopped.load(Ordering::Acquire) {
+                return;
+            }
+            let of = |space: &&Arc<AddressSpace>| space.process() == *process && !space.is_child();
+            let Some(space) = spaces.iter().find(of) else { continue };
+            match space.prefetch(range, buffers) {
+                Ok(pages) => {
+                    memory.prefetched.fetch_add(pages, Ordering::Relaxed);
+                }
+                Err(error) if error.is_gone() => return,
+                Err(error) => return (memory.kill)(&error.to_string()),
+            }
+        }
     }
 
     /// Fills in the rest at low priority; `filled` is called when everything is there.
@@ -266,9 +291,13 @@ impl Returning {
         self.fill.swap(false, Ordering::AcqRel)
     }
 
-    /// Faults answered, and pages put back, so far.
-    pub(crate) fn counts(&self) -> (u64, u64) {
-        (self.faults.load(Ordering::Relaxed), self.pages.load(Ordering::Relaxed))
+    /// What was done so far.
+    pub(crate) fn counts(&self) -> Returned {
+        Returned {
+            prefetched: self.prefetched.load(Ordering::Relaxed),
+            faults: self.faults.load(Ordering::Relaxed),
+            pages: self.pages.load(Ordering::Relaxed),
+        }
     }
 
     fn record(&self, process: usize, served: &Served) {

@@ -22,7 +22,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::caller::Caller;
 use crate::logs::{LogWriter, MAX_LINE};
-use crate::protocol::{Answer, Ending, Restored, Started};
+use crate::protocol::{Answer, Ending, Restored, Returned, Started};
 use crate::returning::{Returning, Service};
 use crate::spawner::Spawned;
 
@@ -242,8 +242,8 @@ impl Held {
         let mut sets = lock(&self.common.working_sets);
         memory.teach(sets.entry(self.working_set).or_default());
         drop(sets);
-        let (faults, pages) = memory.counts();
-        tracing::debug!(sandbox = %self.id, faults, pages, "memory back so far, after a request");
+        let returned = memory.counts();
+        tracing::debug!(sandbox = %self.id, ?returned, "memory back so far, after a request");
         self.common.service.tidy(memory);
         if memory.take_fill_order() {
             self.fill(memory);
@@ -510,11 +510,20 @@ impl Held {
         Ok(())
     }
 
-    /// How many faults were answered, and pages put back, since the newest restore.
-    pub(crate) fn returned(&self) -> (u64, u64) {
+    /// Puts the part of the working set back that is left for when the sandbox runs. Blocks.
+    pub(crate) fn prefetch(&self, buffers: &mut RestoreBuffers) {
+        let memory = match &self.lock().memory {
+            Memory::Returning(memory) => Arc::clone(memory),
+            _ => return,
+        };
+        self.common.service.prefetch(&memory, buffers);
+    }
+
+    /// How memory has come back since the newest restore.
+    pub(crate) fn returned(&self) -> Returned {
         match &self.lock().memory {
             Memory::Returning(memory) => memory.counts(),
-            _ => (0, 0),
+            _ => Returned::default(),
         }
     }
 

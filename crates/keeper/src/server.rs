@@ -215,10 +215,7 @@ impl Shared {
                 });
                 match sent {
                     Ok(held) => match answered.await {
-                        Ok(answer) => {
-                            let (faults, pages) = held.returned();
-                            Reply::Answered { answer, faults, pages }
-                        }
+                        Ok(answer) => Reply::Answered { answer, returned: held.returned() },
                         Err(_) => refused("the sandbox is gone"),
                     },
                     Err(why) => Reply::Refused(why),
@@ -237,9 +234,25 @@ impl Shared {
             }
             Command::Restore { sandbox, fill } => {
                 let caller = Arc::clone(caller);
-                let restored =
-                    self.with_buffers(sandbox, move |held, b| held.restore(&caller, fill, b)).await;
-                restored.map_or_else(Reply::Refused, Reply::Restored)
+                let (tell, told) = oneshot::channel();
+                let restore = self.with_buffers(sandbox, move |held, buffers| {
+                    let restored = held.restore(&caller, fill, buffers);
+                    let runs = restored.is_ok();
+                    // The request can be on its way already.
+                    let _ = tell.send(restored);
+                    if runs {
+                        held.prefetch(buffers);
+                    }
+                    Ok(())
+                });
+                let restoring = tokio::spawn(restore);
+                match told.await {
+                    Ok(restored) => restored.map_or_else(Reply::Refused, Reply::Restored),
+                    Err(_) => match restoring.await {
+                        Ok(Err(why)) => Reply::Refused(why),
+                        _ => refused("the restore was broken off"),
+                    },
+                }
             }
             Command::Complete { sandbox } => {
                 done(self.with_buffers(sandbox, |held, b| held.complete(b)).await)

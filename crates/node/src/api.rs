@@ -37,8 +37,10 @@ pub struct Outcome {
     /// Page faults answered since the sandbox was last restored, while its memory is on its way
     /// back; 0 once all of it is there.
     pub faults: u64,
-    /// Pages put back since then, those of the restore itself included.
+    /// Pages put back for them.
     pub pages: u64,
+    /// Pages put back since then because they belong to the function's working set.
+    pub prefetched: u64,
     /// Whether the sandbox can serve another request. When false it is gone already.
     pub alive: bool,
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use medes_core::{FunctionSpec, InvocationError, Layout, SandboxId};
 use medes_keeper::KeeperError;
-use medes_keeper::protocol::{Answer, Command, Ending, Reply, Start, Started};
+use medes_keeper::protocol::{Answer, Command, Ending, Reply, Returned, Start, Started};
 use medes_runtime::contract::lambda_arn;
 use medes_runtime::lambda::deadline_ms;
 use medes_runtime::{PORT, Request};
@@ -111,10 +111,10 @@ impl Shared {
             self.kill(sandbox).await;
             return outcome(begin, Bytes::new(), Some(InvocationError::TimedOut), false);
         };
-        let mut returned = (0, 0);
+        let mut returned = Returned::default();
         let reply = reply.map(|reply| match reply {
-            Reply::Answered { answer, faults, pages } => {
-                returned = (faults, pages);
+            Reply::Answered { answer, returned: so_far } => {
+                returned = so_far;
                 Ok(answer)
             }
             other => Err(other),
@@ -139,8 +139,8 @@ impl Shared {
                 return outcome(begin, Bytes::new(), Some(InvocationError::Exited { how }), false);
             }
         };
-        let (faults, pages) = returned;
-        Outcome { faults, pages, ..outcome(begin, payload, error, true) }
+        let Returned { prefetched, faults, pages } = returned;
+        Outcome { prefetched, faults, pages, ..outcome(begin, payload, error, true) }
     }
 
     pub(crate) async fn restore(
@@ -181,5 +181,13 @@ fn ended(ending: Ending) -> InvocationError {
 }
 
 fn outcome(begin: Instant, payload: Bytes, error: Option<InvocationError>, alive: bool) -> Outcome {
-    Outcome { payload, error, execution_us: micros(begin), faults: 0, pages: 0, alive }
+    Outcome {
+        payload,
+        error,
+        execution_us: micros(begin),
+        prefetched: 0,
+        faults: 0,
+        pages: 0,
+        alive,
+    }
 }

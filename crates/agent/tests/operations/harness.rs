@@ -268,6 +268,15 @@ impl Bench {
     }
 }
 
+/// Stops the service when it is dropped, by a failing test too.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// Serves faults on a thread of its own while `work` runs; returns how many there were.
 pub fn serve_while(revived: &Revived, work: impl FnOnce()) -> u64 {
     let stop = AtomicBool::new(false);
@@ -285,8 +294,9 @@ pub fn serve_while(revived: &Revived, work: impl FnOnce()) -> u64 {
             }
             faults
         });
+        let stopping = Stop(&stop);
         work();
-        stop.store(true, Ordering::Release);
+        drop(stopping);
         server.join().expect("served")
     })
 }
