@@ -267,6 +267,9 @@ impl Running {
     }
 }
 
+/// How often a dead process that is still traced is looked at.
+const TRACED_INTERVAL: Duration = Duration::from_millis(1);
+
 impl FirstProcess {
     fn wait_status(&self) -> Result<Option<Exit>, SandboxError> {
         let mut exit = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
@@ -294,9 +297,14 @@ impl FirstProcess {
             if let Some(exit) = self.wait_status()? {
                 return Ok(exit);
             }
-            if !readable(self.pidfd.as_fd(), end)? {
+            if !readable(self.pidfd.as_fd(), end)? || Instant::now() >= end {
                 return Err(SandboxError::Timeout { action: "the end of the sandbox", limit });
             }
+            if let Some(exit) = self.wait_status()? {
+                return Ok(exit);
+            }
+            // Dead, and traced by somebody who has to let go of it first.
+            std::thread::sleep(TRACED_INTERVAL);
         }
     }
 
