@@ -86,8 +86,8 @@ pub struct SeizeOptions {
 impl Default for SeizeOptions {
     fn default() -> Self {
         Self {
-            deadline: Duration::from_millis(500),
-            call_deadline: Duration::from_secs(2),
+            deadline: Duration::from_secs(1),
+            call_deadline: Duration::from_secs(5),
             restart_interrupted_waits: true,
         }
     }
@@ -423,7 +423,7 @@ impl SeizedProcess {
         if matches!(settled, Err(InjectError::Lost { .. })) {
             self.kill();
         }
-        let until = Instant::now() + Duration::from_millis(20);
+        let until = Instant::now() + Duration::from_millis(200);
         for thread in std::mem::take(&mut self.threads) {
             match stop::detach(thread.tid) {
                 Ok(()) => {}
