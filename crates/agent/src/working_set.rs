@@ -13,8 +13,8 @@ use medes_pages::PAGE_SIZE;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// One page in so many is left out at each restore.
-const SHARE: u64 = 64;
+/// One page in so many is left out at each restore: a few, for each costs the request a fault.
+const SHARE: u64 = 256;
 
 /// A page that was left out this many times without being touched is forgotten.
 const TRIALS: u8 = 2;
