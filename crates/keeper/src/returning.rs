@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
 
 use crate::protocol::Returned;
 use medes_agent::RestoreError;
@@ -33,6 +34,7 @@ const FILL_PAGES: u64 = 64;
 pub(crate) struct Returning {
     /// The restore's number; no two restores of a keeper have the same.
     number: u64,
+    since: Instant,
     /// Whether the rest shall be filled in after the first request.
     fill: AtomicBool,
     spaces: Mutex<Vec<Watch>>,
@@ -121,6 +123,7 @@ impl Service {
     ) -> io::Result<Arc<Returning>> {
         let memory = Arc::new(Returning {
             number: self.shared.next.fetch_add(1, Ordering::Relaxed),
+            since: Instant::now(),
             fill: fill.into(),
             spaces: Mutex::default(),
             suspended: Mutex::default(),
@@ -242,6 +245,11 @@ impl Returning {
     /// The restore's number.
     pub(crate) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// How long ago the restore was.
+    pub(crate) fn age(&self) -> Duration {
+        self.since.elapsed()
     }
 
     /// Whether all is back.

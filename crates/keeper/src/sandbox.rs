@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,13 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 /// millisecond, unless the machine is busy.
 const IDLE_LIMIT: Duration = Duration::from_millis(500);
 
+/// How long a sandbox has had no request when the memory that nobody has touched is filled in.
+const QUIET: Duration = Duration::from_millis(100);
+
+/// How long after a restore it is filled in although requests go on: it keeps them waiting for a
+/// page now and then otherwise, and what was kept for it is not freed.
+const BUSY: Duration = Duration::from_secs(5);
+
 /// A sandbox: its process, its Runtime API, and who waits for it.
 pub(crate) struct Held {
     id: SandboxId,
@@ -41,6 +49,8 @@ pub(crate) struct Held {
     /// Which working set is this sandbox's.
     working_set: u64,
     tell: Arc<dyn Fn(News) + Send + Sync>,
+    /// Requests so far.
+    requests: AtomicU64,
     /// Told whenever the runtime asks for a request, and at the end.
     asked: Notify,
     label: Vec<u8>,
@@ -138,8 +148,18 @@ impl Held {
         let state = Mutex::new(state);
         let news = Arc::clone(&tell);
         let asked = Notify::new();
-        let held =
-            Arc::new(Self { id, common, api, running, working_set, tell, asked, label, state });
+        let held = Arc::new(Self {
+            id,
+            common,
+            api,
+            running,
+            working_set,
+            tell,
+            requests: 0.into(),
+            asked,
+            label,
+            state,
+        });
         let watched = Arc::clone(&held);
         tokio::spawn(async move {
             let unheard = watched.supervise(received, exit).await;
@@ -245,9 +265,17 @@ impl Held {
         let returned = memory.counts();
         tracing::debug!(sandbox = %self.id, ?returned, "memory back so far, after a request");
         self.common.service.tidy(memory);
-        if memory.take_fill_order() {
-            self.fill(memory);
-        }
+        let (held, of) = (Arc::clone(self), Arc::clone(memory));
+        let requests = self.requests.load(Ordering::Acquire);
+        tokio::spawn(async move {
+            tokio::time::sleep(QUIET).await;
+            // Not while requests come one after the other: filling in costs them more than the
+            // few pages that they have to wait for.
+            let quiet = held.requests.load(Ordering::Acquire) == requests;
+            if (quiet || of.age() > BUSY) && of.take_fill_order() {
+                held.fill(&of);
+            }
+        });
     }
 
     /// Fills in the rest in the background.
@@ -314,6 +342,7 @@ impl Held {
             Memory::Suspended(_) => return Err("the sandbox is being deduplicated".into()),
         }
         let left = request.deadline_ms.saturating_sub(deadline_ms(0));
+        self.requests.fetch_add(1, Ordering::AcqRel);
         self.api.send(request).map_err(|busy| busy.to_string())?;
         state.pending = Some(answer);
         state.deadline = tokio::time::Instant::now().checked_add(Duration::from_millis(left));
