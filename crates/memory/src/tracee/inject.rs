@@ -103,7 +103,6 @@ pub(super) struct Injection {
     critical_section: Option<CriticalSection>,
     memory: File,
     syscall_ip: u64,
-    scratch: Option<Scratch>,
     /// Whether the thread has been resumed since its registers were saved.
     moved: bool,
 }
@@ -135,10 +134,9 @@ impl SeizedProcess {
     ) -> Result<i64, InjectError> {
         self.prepare()?;
         let result = self.run(nr, args, meanwhile);
-        if let Err(InjectError::TimedOut { .. }) = &result
-            && let Err(lost) = self.lead_back()
-        {
-            return Err(lost);
+        if result.is_err() {
+            // Somewhere in the middle of a call, from where no other can begin.
+            self.lead_back()?;
         }
         result
     }
@@ -168,28 +166,24 @@ impl SeizedProcess {
     /// The scratch area, mapped on first use and unmapped by [`settle`](Self::settle).
     ///
     /// # Errors
-    /// See [`InjectError`]; ENOMEM from `mmap` if the process's address space is used up.
+    /// See [`InjectError`]; ENOMEM from `mmap` if the process's address space is used up. If it is
+    /// not known whether the call was made, the process is killed.
     pub fn scratch(&mut self) -> Result<Scratch, InjectError> {
         self.prepare()?;
-        if let Some(scratch) = self.injection.as_ref().and_then(|injection| injection.scratch) {
+        if let Some(scratch) = self.scratch {
             return Ok(scratch);
         }
-        let address = self.call(
-            "mmap",
-            libc::SYS_mmap,
-            [
-                0,
-                SCRATCH_SIZE,
-                (libc::PROT_READ | libc::PROT_WRITE) as u64,
-                (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64,
-                u64::MAX,
-                0,
-            ],
-        )?;
-        let scratch = Scratch { address, size: SCRATCH_SIZE };
-        if let Some(injection) = &mut self.injection {
-            injection.scratch = Some(scratch);
+        let protection = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
+        let args = [0, SCRATCH_SIZE, protection, flags, u64::MAX, 0];
+        let mapped = self.call("mmap", libc::SYS_mmap, args);
+        if matches!(&mapped, Err(error) if !matches!(error, InjectError::Call { .. })) {
+            // Nobody knows whether and where it is mapped, to take it away again.
+            self.kill();
         }
+        let address = mapped?;
+        let scratch = Scratch { address, size: SCRATCH_SIZE };
+        self.scratch = Some(scratch);
         Ok(scratch)
     }
 
@@ -230,15 +224,18 @@ impl SeizedProcess {
     /// # Errors
     /// See [`InjectError`]; after [`InjectError::Lost`] the process must be killed.
     pub fn settle(&mut self) -> Result<(), InjectError> {
-        let Some(injection) = &mut self.injection else { return Ok(()) };
-        let unmapped = match injection.scratch.take() {
-            Some(scratch) => {
-                self.call("munmap", libc::SYS_munmap, [scratch.address, scratch.size, 0, 0, 0, 0])
+        let mut unmapped = Ok(());
+        // A second time where the first did not work: what stays mapped stays for good.
+        for _ in 0..2 {
+            let Some(scratch) = self.scratch else { break };
+            let args = [scratch.address, scratch.size, 0, 0, 0, 0];
+            unmapped = self.call("munmap", libc::SYS_munmap, args).map(drop);
+            if unmapped.is_ok() {
+                self.scratch = None;
             }
-            None => Ok(0),
-        };
+        }
         self.lead_back()?;
-        unmapped.map(drop)
+        unmapped
     }
 
     /// Chooses a thread and makes it ready for injected calls.
@@ -278,7 +275,6 @@ impl SeizedProcess {
             critical_section,
             memory,
             syscall_ip,
-            scratch: None,
             moved: false,
         });
         Ok(())

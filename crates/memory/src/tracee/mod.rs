@@ -185,6 +185,7 @@ impl ThreadGroup {
             pidfd,
             threads: Vec::new(),
             injection: None,
+            scratch: None,
             stopped_by_signal: false,
             parent,
             detached: false,
@@ -218,6 +219,8 @@ pub struct SeizedProcess {
     pidfd: OwnedFd,
     threads: Vec<Thread>,
     injection: Option<inject::Injection>,
+    /// Memory in the process for injected calls, while it is mapped.
+    scratch: Option<Scratch>,
     /// A SIGSTOP came while a thread ran injected calls and is owed to the process.
     stopped_by_signal: bool,
     parent: Option<i32>,

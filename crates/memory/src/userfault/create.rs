@@ -7,7 +7,7 @@
 //! target makes and of which one end is taken with `pidfd_getfd`: no name, no listener, and
 //! nobody else can connect, whatever namespaces the target is in.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
@@ -35,7 +35,7 @@ pub struct UserFaultOptions {
     pub without_privilege: bool,
 }
 
-/// Why no userfaultfd could be made. The target is as before.
+/// Why no userfaultfd could be made. The target is as before, or was killed.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     /// An injected call failed.
@@ -70,6 +70,21 @@ impl UserFault {
     /// # Errors
     /// See [`CreateError`].
     pub fn create(
+        process: &mut SeizedProcess,
+        options: &UserFaultOptions,
+    ) -> Result<Self, CreateError> {
+        let pid = process.pid();
+        let listing = |source| CreateError::Os { pid, operation: "listing descriptors", source };
+        let before = list_descriptors(pid).map_err(listing)?;
+        Self::create_in(process, options).inspect_err(|error| {
+            if let Err(also) = close_new(process, &before) {
+                tracing::error!(pid, %error, %also, "it has a descriptor of ours: it is killed");
+                process.kill();
+            }
+        })
+    }
+
+    fn create_in(
         process: &mut SeizedProcess,
         options: &UserFaultOptions,
     ) -> Result<Self, CreateError> {
@@ -152,6 +167,26 @@ fn from_device(device: &File) -> io::Result<RawFd> {
 
 fn close(process: &mut SeizedProcess, number: RawFd) -> Result<(), InjectError> {
     process.call("close", libc::SYS_close, [number as u64, 0, 0, 0, 0, 0]).map(drop)
+}
+
+/// The numbers of a process's descriptors.
+fn list_descriptors(pid: i32) -> io::Result<Vec<RawFd>> {
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        numbers.extend(entry?.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()));
+    }
+    Ok(numbers)
+}
+
+/// Closes what the target has open and had not `before`, whichever injected call made it: the
+/// result of one that failed half way is not known.
+fn close_new(process: &mut SeizedProcess, before: &[RawFd]) -> io::Result<()> {
+    for number in list_descriptors(process.pid())? {
+        if !before.contains(&number) {
+            close(process, number).map_err(io::Error::other)?;
+        }
+    }
+    Ok(())
 }
 
 /// Hands the target an open `/dev/userfaultfd` and makes it use it; returns the number of the
