@@ -168,7 +168,7 @@ impl Operation<'_> {
             if let Err(why) = back {
                 return Err(DedupError::Lost(format!("{error}; then: {why}")));
             }
-            standing.phase = Phase::Runs;
+            standing.runs_again();
             return Err(DedupError::StaysWarm(Hindrance::Holder(error.to_string())));
         }
         closed.map_err(|error| DedupError::Lost(error.to_string()))

@@ -128,8 +128,10 @@ impl Operation<'_> {
                 medes_memory::priority::lower_this_thread();
                 work()
             };
-            let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+            let start = |_| std::thread::Builder::new().spawn_scoped(scope, work);
+            let threads: Vec<_> = (0..workers).map(start).collect();
             threads.into_iter().try_for_each(|thread| {
+                let thread = thread.map_err(Hindrance::Thread)?;
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             })
         })?;

@@ -87,7 +87,8 @@ pub trait Holder: Sync {
     /// Lets go again: nothing was dropped after all.
     fn release(&self);
 
-    /// Puts all back that was dropped, after dropping failed half way, and thaws the sandbox.
+    /// Puts all back that was dropped, after dropping failed half way, and thaws the sandbox. What
+    /// was suspended stays so no longer: nothing is served or watched any more.
     ///
     /// # Errors
     /// Why not; the sandbox must be killed then.
@@ -169,6 +170,9 @@ pub enum Hindrance {
     /// The kernel does not say which pages were written to.
     #[error("looking for pages that were written to: {0}")]
     Look(std::io::Error),
+    /// There is no thread to work on.
+    #[error("starting a thread: {0}; is a limit of processes reached?")]
+    Thread(std::io::Error),
     /// A thread that the freezer missed, or somebody else, wrote to the memory meanwhile.
     #[error("the sandbox's memory changed while it was read")]
     Changed,

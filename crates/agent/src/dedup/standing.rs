@@ -88,10 +88,11 @@ impl<'a, F: Freezer> Standing<'a, F> {
     ) -> Result<Watched<T>, DedupError> {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let working = scope.spawn(|| {
+            let working = std::thread::Builder::new().spawn_scoped(scope, || {
                 let _done = Done(&done, cancel);
                 work()
             });
+            let working = working.map_err(Hindrance::Thread)?;
             let cancelled = cancel.wait_until(|| done.load(Ordering::Acquire));
             let back = if cancelled {
                 let back = self.let_go();
@@ -106,6 +107,11 @@ impl<'a, F: Freezer> Standing<'a, F> {
                 false => Watched::Done(result),
             })
         })
+    }
+
+    /// The holder has put all back and let it run: there is nothing left that it could serve on.
+    pub(super) fn runs_again(&mut self) {
+        (self.phase, self.suspended) = (Phase::Runs, false);
     }
 
     /// Lets the sandbox run as if nothing had happened.
