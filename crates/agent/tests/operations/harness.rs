@@ -106,6 +106,10 @@ impl Target {
         self.child.kill().expect("dies");
     }
 
+    pub fn root_name(&self) -> &str {
+        self.root.name()
+    }
+
     pub fn pid(&self) -> i32 {
         self.child.id() as i32
     }

@@ -1,5 +1,6 @@
 //! Dedup and restore on live processes, with every fault that can be put in between.
 
+mod faults;
 mod harness;
 mod torture;
 

@@ -28,7 +28,7 @@ use crate::harness::{Bench, Target};
 const TRIES: usize = 200;
 
 /// A number from the environment.
-fn setting(name: &str) -> Option<u64> {
+pub(crate) fn setting(name: &str) -> Option<u64> {
     let value = std::env::var(name).ok()?;
     Some(value.parse().unwrap_or_else(|_| panic!("{name}={value} is no number")))
 }
@@ -38,11 +38,11 @@ fn cycles() -> u64 {
 }
 
 /// SplitMix64: the choices of one run.
-struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
     /// A new one for the run `name`, which prints its seed.
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let now =
             || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |t| t.as_nanos() as u64);
         let seed = setting("MEDES_TORTURE_SEED").unwrap_or_else(|| now() % 1_000_000_007);
@@ -58,7 +58,7 @@ impl Random {
         x ^ (x >> 31)
     }
 
-    fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 

@@ -1,0 +1,206 @@
+//! The process that operates dies at a step, and another, which holds what it was given, goes on
+//! from there: what the keeper does when its daemon dies.
+
+use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use medes_agent::dedup::{Cancel, DedupError, Holder, let_run};
+use medes_agent::restore::HeldImage;
+use medes_agent::view::SpaceView;
+use medes_faults::{Verdict, die, supervise};
+use medes_memory::descriptor::ProcessHandle;
+use medes_memory::session::on_tracer_thread;
+use medes_registry::{LocalRegistry, RegistryConfig};
+use medes_sandbox::CgroupRoot;
+use medes_store::{Extent, ImageHandle, View};
+
+use super::scene::{Answer, Memory};
+use super::steps::{Fault, Injector};
+use super::{Outcome, STORE_BYTES, Samples, Scene, alone, operation};
+use crate::harness::{Bench, Group};
+
+/// Set for the process that operates: where its holder listens, the cgroups' root, the step at
+/// which it dies.
+const OPERATOR: &str = "MEDES_FAULTS_OPERATOR";
+
+#[test]
+fn the_operator_is_killed() {
+    if let Ok(orders) = std::env::var(OPERATOR) {
+        return operate(&orders);
+    }
+    alone(|| {
+        let name = "AsBase, the operator is killed";
+        let mut scene = Scene::new(name);
+        let (outcome, steps) = attempt(&mut scene, u64::MAX);
+        assert_eq!(outcome, Outcome::Done);
+        let mut samples = Samples::of(steps, &mut scene.random);
+        let mut counts = [0; 3];
+        let mut beyond = 0;
+        while beyond < 3 {
+            let at = samples.next();
+            let (outcome, steps) = attempt(&mut scene, at);
+            beyond += u64::from(steps <= at);
+            counts[outcome as usize] += 1;
+        }
+        let [done, as_it_was, dead] = counts;
+        println!("{name}: {steps} steps; done {done}, as it was {as_it_was}, dead {dead}");
+        assert!(dead > 0 && as_it_was > 0);
+    });
+}
+
+/// Has another process operate, which dies at step `at`; returns how many steps it got to.
+fn attempt(scene: &mut Scene, at: u64) -> (Outcome, u64) {
+    let socket = std::env::temp_dir().join(format!("medes-faults-{}", std::process::id()));
+    let _ = std::fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket).expect("a socket");
+    let root = scene.target.root_name();
+    let orders = format!("{} {root} {at}", socket.display());
+    let mut operator = Command::new(std::env::current_exe().expect("this program"));
+    operator.args(["--exact", "faults::operator::the_operator_is_killed"]);
+    operator.env(OPERATOR, orders).stdout(Stdio::null()).stdin(Stdio::null());
+    let mut operator = operator.spawn().expect("starts");
+    let (stream, _) = listener.accept().expect("the operator");
+    std::fs::remove_file(&socket).expect("a socket");
+    drop(listener);
+    let steps = hold(scene, &mut operator, stream);
+    let outcome = go_on(scene);
+    scene.clear(outcome, false);
+    (outcome, steps)
+}
+
+/// Takes what the operator gives, until it is dead.
+fn hold(scene: &mut Scene, operator: &mut Child, stream: UnixStream) -> u64 {
+    let pid = operator.id() as i32;
+    let process = ProcessHandle::open(pid).expect("the operator");
+    let mut steps = 0;
+    let mut answers = stream.try_clone().expect("a socket");
+    for line in BufReader::new(stream).lines() {
+        // Killed in the middle of a word.
+        let Ok(line) = line else { break };
+        let mut words = line.split(' ');
+        let order = words.next();
+        let mut numbers = words.map(|word| word.parse::<u64>().expect("a number"));
+        let mut number = || numbers.next().expect("a number");
+        match order {
+            Some("store") => {
+                let memory = process.take_descriptor(number() as i32).expect("its store");
+                scene.keeping.view = Arc::new(View::open(memory).expect("maps"));
+            }
+            Some("hold") => {
+                let image = Extent { start: number() as u32, pages: number() as u32 };
+                let userfaults: std::io::Result<Vec<OwnedFd>> =
+                    numbers.map(|fd| process.take_descriptor(fd as i32)).collect();
+                // It may have died since it asked.
+                let Ok(userfaults) = userfaults else { break };
+                let view = Arc::clone(&scene.keeping.view);
+                let held = HeldImage::open(view, image, userfaults).expect("an image");
+                *scene.keeping.memory() = Memory::Held(held, Vec::new());
+                let _ = writeln!(answers, "held");
+            }
+            Some("release") => *scene.keeping.memory() = Memory::Present,
+            Some("step") => steps = number(),
+            other => panic!("{other:?}"),
+        }
+    }
+    operator.wait().expect("its end");
+    steps
+}
+
+/// What is done with a sandbox whose operator is dead.
+fn go_on(scene: &mut Scene) -> Outcome {
+    let cgroup = scene.keeping.cgroup.clone();
+    let is_to_be_frozen = cgroup.is_to_be_frozen().expect("a cgroup");
+    let is_held = matches!(&*scene.keeping.memory(), Memory::Held(..));
+    if is_held && !is_to_be_frozen {
+        cgroup.order_kill().expect("kills");
+        return Outcome::Dead;
+    }
+    if is_held {
+        return match scene.restore(&mut |_| Verdict::Go) {
+            Some(Answer::Right) => Outcome::Done,
+            Some(Answer::Dead) | None => Outcome::Dead,
+        };
+    }
+    if is_to_be_frozen {
+        on_tracer_thread(|| let_run(&mut Group(&cgroup))).expect("thaws");
+    }
+    match scene.ask() {
+        Answer::Right => Outcome::AsItWas,
+        Answer::Dead => Outcome::Dead,
+    }
+}
+
+/// The process that operates.
+fn operate(orders: &str) {
+    let mut words = orders.split(' ');
+    let mut word = || words.next().expect("orders");
+    let stream = UnixStream::connect(word()).expect("who holds");
+    let root = CgroupRoot::new(word()).expect("cgroups");
+    let cgroup = root.get("subject").expect("a cgroup");
+    let at: u64 = word().parse().expect("a step");
+    let bench = Bench::new(STORE_BYTES, LocalRegistry::new(RegistryConfig::default()));
+    let told = Told(stream);
+    told.tell(&format!("store {}", bench.store.memory().descriptor().as_raw_fd()));
+    let act = || {
+        told.tell(&format!("step {}", at.saturating_add(1)));
+        die()
+    };
+    let mut injector = Injector::new(Fault::Killed, at, &act);
+    let cancel = Cancel::default();
+    let operation = operation(&bench, true, &cancel);
+    let done =
+        supervise(|call| injector.judge(call), || operation.dedup(Group(&cgroup), &told, None));
+    assert!(matches!(done, Ok(_) | Err(DedupError::StaysWarm(_))), "{done:?}");
+    told.tell(&format!("step {}", injector.steps));
+    // It ends as it would by a signal: nothing of it is put away.
+    die();
+}
+
+/// Who holds is another process.
+struct Told(UnixStream);
+
+impl Told {
+    fn tell(&self, line: &str) {
+        // In one piece, whoever else tells something.
+        (&self.0).write_all(format!("{line}\n").as_bytes()).expect("who holds");
+    }
+}
+
+impl Holder for Told {
+    fn hold(
+        &self,
+        image: &ImageHandle,
+        userfaults: &[BorrowedFd<'_>],
+        _written: &[Vec<Range<u64>>],
+    ) -> Result<(), String> {
+        let Extent { start, pages } = image.extent();
+        let mut line = format!("hold {start} {pages}");
+        userfaults.iter().for_each(|fd| line.push_str(&format!(" {}", fd.as_raw_fd())));
+        self.tell(&line);
+        let mut answer = String::new();
+        BufReader::new(&self.0).read_line(&mut answer).map_err(|error| error.to_string())?;
+        Ok(())
+    }
+
+    fn release(&self) {
+        self.tell("release");
+    }
+
+    fn put_back(&self) -> Result<(), String> {
+        Err("nothing fails here".into())
+    }
+
+    fn suspend(&self) -> Result<Vec<SpaceView>, String> {
+        Err("nothing was restored here".into())
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn cancelled(&self) {}
+}

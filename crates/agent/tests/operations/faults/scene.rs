@@ -1,0 +1,263 @@
+//! A sandbox that is operated on, and who holds its memory meanwhile: what the keeper does, in
+//! this process.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use medes_agent::RestoreError;
+use medes_agent::dedup::Holder;
+use medes_agent::restore::{AddressSpace, Filling, HeldImage, RestoreBuffers, Served};
+use medes_agent::view::SpaceView;
+use medes_agent::working_set::Prefetch;
+use medes_sandbox::Cgroup;
+use medes_store::{ImageHandle, View};
+use nix::poll::{PollFd, PollFlags, poll};
+
+use crate::harness::Target;
+
+/// Where programs' memory is that is neither their own data nor their heap.
+const UPPER: Range<u64> = 0x7000_0000_0000..1 << 47;
+
+/// Where a sandbox's memory is, as the keeper knows it.
+#[derive(Default)]
+pub enum Memory {
+    /// Where it belongs.
+    #[default]
+    Present,
+    /// Away; and what there was before, from an earlier image.
+    Held(HeldImage, Vec<Arc<AddressSpace>>),
+    /// On its way back, or back and watched.
+    Returning(Vec<Arc<AddressSpace>>),
+    /// Given away.
+    Suspended(Vec<Arc<AddressSpace>>),
+}
+
+/// Takes hold of one sandbox's memory.
+pub struct Keeping {
+    pub view: Arc<View>,
+    pub cgroup: Cgroup,
+    pub memory: Mutex<Memory>,
+}
+
+impl Keeping {
+    pub fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Brings the memory back and lets the sandbox run: with part of it, until `stop` says so.
+    /// `runs` is called once it runs. With `keep` it is watched further.
+    pub fn restore(
+        &self,
+        keep: bool,
+        runs: impl FnOnce(),
+        stop: &AtomicBool,
+    ) -> Result<(), String> {
+        let mut memory = self.memory();
+        let image = match std::mem::take(&mut *memory) {
+            Memory::Held(image, _) => image,
+            other => {
+                *memory = other;
+                return Err("the sandbox is not in the dedup state".into());
+            }
+        };
+        let mut buffers = RestoreBuffers::default();
+        // Of the first process most beforehand, of the others nothing.
+        let early = Prefetch::of(&[Vec::from([UPPER])]);
+        let revived = image.revive(&early, &mut buffers).map_err(|error| error.to_string())?;
+        *memory = Memory::Returning(revived.spaces.clone());
+        drop(memory);
+        self.cgroup.thaw().map_err(|error| error.to_string())?;
+        runs();
+        let mut spaces = revived.spaces;
+        serve(&mut spaces, stop, &mut buffers).map_err(|error| error.to_string())?;
+        fill(&mut spaces, keep, &mut buffers).map_err(|error| error.to_string())?;
+        if spaces.is_empty() {
+            *self.memory() = Memory::Present;
+        }
+        Ok(())
+    }
+}
+
+/// Answers faults until `stop` says so.
+pub fn serve(
+    spaces: &mut Vec<Arc<AddressSpace>>,
+    stop: &AtomicBool,
+    buffers: &mut RestoreBuffers,
+) -> Result<(), RestoreError> {
+    while !stop.load(Ordering::Acquire) {
+        // As the keeper waits, but in a call that is not among the steps.
+        let mut ready = Vec::with_capacity(spaces.len());
+        for space in spaces.iter() {
+            let fd = space.with_descriptor(|fd| fd.try_clone_to_owned());
+            ready.push(fd.map_err(RestoreError::Events)?);
+        }
+        let mut polled: Vec<_> =
+            ready.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+        let _ = poll(&mut polled, 1u8);
+        let is_ready: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        let mut result = Ok(());
+        let mut is_ready = is_ready.into_iter();
+        spaces.retain(|space| {
+            if !is_ready.next().unwrap_or(false) {
+                return true;
+            }
+            match space.serve(8, buffers, &mut Served::default()) {
+                Ok(()) => true,
+                Err(error) if error.is_gone() => false,
+                Err(error) => {
+                    result = Err(error);
+                    true
+                }
+            }
+        });
+        result?;
+    }
+    Ok(())
+}
+
+fn fill(
+    spaces: &mut Vec<Arc<AddressSpace>>,
+    keep: bool,
+    buffers: &mut RestoreBuffers,
+) -> Result<(), RestoreError> {
+    let mut left = Vec::new();
+    for space in spaces.drain(..) {
+        loop {
+            match space.fill(64, keep, buffers, &mut Served::default()) {
+                Ok(Filling::Going) => {}
+                Ok(Filling::Done) if !keep => {}
+                Ok(Filling::Done) => {
+                    left.push(space);
+                    break;
+                }
+                Ok(Filling::Released) => break,
+                Err(error) if error.is_gone() => break,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    *spaces = left;
+    Ok(())
+}
+
+impl Holder for Keeping {
+    fn hold(
+        &self,
+        image: &ImageHandle,
+        userfaults: &[BorrowedFd<'_>],
+        _written: &[Vec<Range<u64>>],
+    ) -> Result<(), String> {
+        let userfaults: io::Result<Vec<OwnedFd>> =
+            userfaults.iter().map(|fd| fd.try_clone_to_owned()).collect();
+        let userfaults = userfaults.map_err(|error| error.to_string())?;
+        let held = HeldImage::open(Arc::clone(&self.view), image.extent(), userfaults);
+        let held = held.map_err(|error| error.to_string())?;
+        let mut memory = self.memory();
+        let before = match std::mem::take(&mut *memory) {
+            Memory::Present => Vec::new(),
+            Memory::Suspended(before) => before,
+            other => {
+                *memory = other;
+                return Err("the sandbox's memory is not all its own".into());
+            }
+        };
+        *memory = Memory::Held(held, before);
+        Ok(())
+    }
+
+    fn release(&self) {
+        let mut memory = self.memory();
+        *memory = match std::mem::take(&mut *memory) {
+            Memory::Held(_, before) if before.is_empty() => Memory::Present,
+            Memory::Held(_, before) => Memory::Suspended(before),
+            other => other,
+        };
+    }
+
+    fn put_back(&self) -> Result<(), String> {
+        self.restore(false, || {}, &AtomicBool::new(true))
+    }
+
+    fn suspend(&self) -> Result<Vec<SpaceView>, String> {
+        let mut memory = self.memory();
+        let spaces = match &*memory {
+            Memory::Returning(spaces) => spaces.clone(),
+            _ => return Err("the sandbox's memory is not watched".into()),
+        };
+        let mut buffers = RestoreBuffers::default();
+        let views: Result<Vec<_>, _> = spaces
+            .iter()
+            .map(|space| space.suspend(&mut buffers, &mut Served::default()))
+            .collect();
+        match views {
+            Ok(views) => {
+                *memory = Memory::Suspended(spaces);
+                Ok(views)
+            }
+            Err(error) => {
+                spaces.iter().for_each(|space| space.resume());
+                Err(error.to_string())
+            }
+        }
+    }
+
+    fn resume(&self) -> Result<(), String> {
+        let mut memory = self.memory();
+        let spaces = match std::mem::take(&mut *memory) {
+            Memory::Suspended(spaces) => spaces,
+            other => {
+                *memory = other;
+                return Err("the sandbox is not suspended".into());
+            }
+        };
+        spaces.iter().for_each(|space| space.resume());
+        *memory = Memory::Returning(spaces);
+        Ok(())
+    }
+
+    fn cancelled(&self) {}
+}
+
+/// What a sandbox says when it is asked about its memory.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Answer {
+    Right,
+    Dead,
+}
+
+/// Asks a sandbox, which has been asked `asked` times. Wrong memory is the end.
+pub fn ask(target: &mut Target, asked: &mut u32) -> Answer {
+    target.tell("");
+    *asked += 1;
+    match target.line().as_str() {
+        "" => Answer::Dead,
+        line if line == format!("right {asked}") => Answer::Right,
+        wrong => panic!("{wrong}"),
+    }
+}
+
+/// Starts the subject of this suite, compiled once.
+pub fn start(seed: u64) -> Target {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    let program = PROGRAM.get_or_init(|| {
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/operations/faults/subject.c");
+        let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        // Each test may be a process of its own, all of them at once.
+        let own = directory.join(format!("faults-{}", std::process::id()));
+        let mut cc = Command::new("cc");
+        cc.args(["-O1", "-pthread", "-o"]).arg(&own).arg(source);
+        let compiled = cc.status().expect("a C compiler (Debian package gcc)");
+        assert!(compiled.success(), "the subject does not compile");
+        let program = directory.join("faults");
+        std::fs::rename(&own, &program).expect("renames");
+        program
+    });
+    let mut command = Command::new(program);
+    command.arg(seed.to_string());
+    Target::run(&command)
+}
