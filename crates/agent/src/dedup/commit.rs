@@ -16,7 +16,7 @@ use medes_store::ImageHandle;
 use super::batch::{Batch, hash, page_buffer};
 use super::standing::{Phase, Standing};
 use super::{Counts, DedupError, Hindrance, Operation};
-use crate::plan::{MappingKind, MappingPlan, Plan};
+use crate::plan::{MappingKind, MappingPlan, Plan, ProcessPlan};
 
 /// Address space that is dropped between two looks at whether a request wants the sandbox: dropping
 /// a page takes a quarter of a microsecond.
@@ -56,8 +56,10 @@ impl Operation<'_> {
             Err(DedupError::Cancelled) => (session.resume(), Phase::Runs),
             _ => (session.close(), Phase::Restartable),
         };
-        ended.map_err(|error| DedupError::Lost(error.to_string()))?;
-        standing.phase = phase;
+        // It lacks nothing yet: if it could not be led back, or frozen again, it is dead, or as
+        // it was.
+        standing.phase = if ended.is_ok() { phase } else { Phase::Frozen };
+        ended.map_err(Hindrance::Session)?;
         result
     }
 
@@ -143,28 +145,37 @@ impl Operation<'_> {
             standing.userfaults.iter().map(AsFd::as_fd).collect();
         let held = self
             .verify(&session, plan, registered, read)
+            .and_then(|()| kept_pages(&mut session, plan))
             // A sandbox that the holder believes to be away may not run on.
-            .map(|()| session.kill_with_tracer())
-            .and_then(|()| {
+            .inspect(|_| session.kill_with_tracer())
+            .and_then(|kept| {
                 let held = holder.hold(image, &descriptors, &plan.written());
-                Ok(held.map_err(Hindrance::Holder)?)
+                held.map_err(Hindrance::Holder)?;
+                Ok(kept)
             })
-            .and_then(|()| self.check_cancelled().inspect_err(|_| holder.release()));
-        if let Err(error) = held {
-            let ended = session.resume();
-            standing.phase = Phase::Runs;
-            return Err(match ended {
-                Ok(()) => error,
-                Err(closing) => DedupError::Lost(format!("{error}; then: {closing}")),
+            .and_then(|kept| {
+                self.check_cancelled().inspect_err(|_| holder.release())?;
+                Ok(kept)
             });
-        }
+        let kept = match held {
+            Ok(kept) => kept,
+            Err(error) => {
+                let ended = session.resume();
+                standing.phase = Phase::Runs;
+                return Err(match ended {
+                    Ok(()) => error,
+                    Err(closing) => DedupError::Lost(format!("{error}; then: {closing}")),
+                });
+            }
+        };
+        counts.kept = kept.iter().flatten().map(|r| (r.end - r.start) / PAGE_SIZE as u64).sum();
         // From here on pages are missing.
-        let dropped = self.drop_all(&mut session, plan, &mut standing.userfaults, counts);
+        let dropped = self.drop_all(&mut session, plan, &kept, &mut standing.userfaults);
         let closed = session.close();
         if let Err(error) = &dropped {
             tracing::warn!(%error, "dropping pages failed; they are put back");
             // The holder puts the pages back and thaws; those still there are left alone.
-            let back = if closed.is_ok() { holder.put_back() } else { Err(String::new()) };
+            let back = closed.map_err(|error| error.to_string()).and_then(|()| holder.put_back());
             if let Err(why) = back {
                 return Err(DedupError::Lost(format!("{error}; then: {why}")));
             }
@@ -225,17 +236,10 @@ impl Operation<'_> {
         &self,
         session: &mut Session<F>,
         plan: &Plan,
+        kept: &[Vec<Range<u64>>],
         userfaults: &mut [UserFault],
-        counts: &mut Counts,
     ) -> Result<(), EvictError> {
-        for (process, userfault) in plan.processes.iter().zip(userfaults) {
-            let kept = match session.process(process.pid) {
-                Some(seized) => seized.rseq_areas().unwrap_or_default(),
-                None => Vec::new(),
-            };
-            let mut kept: Vec<Range<u64>> = kept.iter().flat_map(|a| a.resident_pages()).collect();
-            kept.sort_unstable_by_key(|r| r.start);
-            counts.kept += kept.iter().map(|r| (r.end - r.start) / PAGE_SIZE as u64).sum::<u64>();
+        for ((process, userfault), kept) in plan.processes.iter().zip(userfaults).zip(kept) {
             let track_writes = userfault.tracks_writes();
             // What changes a mapping is done for all or none: an image names what came of it.
             let mut first = Eviction { track_writes, ..Eviction::default() };
@@ -243,13 +247,13 @@ impl Operation<'_> {
             for mapping in &process.mappings {
                 let range = mapping.start..mapping.end;
                 match mapping.kind {
-                    MappingKind::Anonymous => anonymous.extend(without(range, &kept)),
+                    MappingKind::Anonymous => anonymous.extend(without(range, kept)),
                     MappingKind::Replaced(protection) => {
                         first.replace.push(Replacement { range, protection });
                     }
                     MappingKind::File => {
                         let runs = mapping.runs.iter().map(PageRun::range);
-                        first.file.extend(runs.flat_map(|r| without(r, &kept)));
+                        first.file.extend(runs.flat_map(|r| without(r, kept)));
                     }
                 }
             }
@@ -266,6 +270,22 @@ impl Operation<'_> {
         }
         Ok(())
     }
+}
+
+/// The pages that must stay in each process of the plan, because the kernel itself touches them on
+/// its threads' way back to user space. Without the kernel's word on that nothing may go.
+fn kept_pages<F: Freezer>(
+    session: &mut Session<F>,
+    plan: &Plan,
+) -> Result<Vec<Vec<Range<u64>>>, DedupError> {
+    let of_process = |process: &ProcessPlan| {
+        let seized = session.process(process.pid).ok_or(Hindrance::Changed)?;
+        let areas = seized.rseq_areas().map_err(Hindrance::Rseq)?;
+        let mut kept: Vec<Range<u64>> = areas.iter().flat_map(|a| a.resident_pages()).collect();
+        kept.sort_unstable_by_key(|r| r.start);
+        Ok(kept)
+    };
+    plan.processes.iter().map(of_process).collect()
 }
 
 /// Write-protects the pages of a mapping that are there: protecting those that are not would take

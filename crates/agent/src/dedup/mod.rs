@@ -173,6 +173,9 @@ pub enum Hindrance {
     /// There is no thread to work on.
     #[error("starting a thread: {0}; is a limit of processes reached?")]
     Thread(std::io::Error),
+    /// The kernel does not say which memory it touches itself.
+    #[error("asking for the memory that the kernel writes to itself (rseq): {0}")]
+    Rseq(std::io::Error),
     /// A thread that the freezer missed, or somebody else, wrote to the memory meanwhile.
     #[error("the sandbox's memory changed while it was read")]
     Changed,
