@@ -323,9 +323,24 @@ impl<F: Freezer> Drop for Session<F> {
 ///
 /// The kernel ties tracees to the thread that seized them and lets go of all of them when it
 /// ends, so nothing stays traced whatever happens in `operation`, panics included.
+///
+/// # Panics
+/// As `operation` does; and if there can be no more threads ([`try_on_tracer_thread`] says so
+/// instead).
 pub fn on_tracer_thread<R: Send>(operation: impl FnOnce() -> R + Send) -> R {
-    std::thread::scope(|scope| match scope.spawn(operation).join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
+    try_on_tracer_thread(operation).expect("a thread for an operation")
+}
+
+/// As [`on_tracer_thread`], for whoever must not panic.
+///
+/// # Errors
+/// If there can be no more threads; nothing was done then.
+pub fn try_on_tracer_thread<R: Send>(operation: impl FnOnce() -> R + Send) -> io::Result<R> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, operation)?;
+        match thread.join() {
+            Ok(result) => Ok(result),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
     })
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use medes_agent::dedup::let_run;
-use medes_memory::session::{Freezer, on_tracer_thread};
+use medes_memory::session::{Freezer, try_on_tracer_thread};
 use medes_sandbox::Cgroup;
 
 use super::{Held, Memory, Orphan};
@@ -52,7 +52,8 @@ impl Held {
             tracing::error!(sandbox = %self.id, error, "it is killed");
             return;
         }
-        if is_to_be_frozen && let Err(error) = on_tracer_thread(|| let_run(&mut Group(cgroup))) {
+        let thaw = || try_on_tracer_thread(|| let_run(&mut Group(cgroup))).flatten();
+        if is_to_be_frozen && let Err(error) = thaw() {
             tracing::error!(sandbox = %self.id, %error, "it can't be thawed and is killed");
             self.kill();
         }

@@ -12,6 +12,7 @@ mod obstacles;
 mod scanning;
 mod syscalls;
 mod targets;
+mod threads;
 mod unprivileged;
 
 /// Where a target process begins: before `main`, so that its main thread is the program's own
