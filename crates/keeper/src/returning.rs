@@ -142,7 +142,11 @@ impl Service {
             kill,
         });
         for space in revived.spaces {
-            self.shared.watch(&memory, space)?;
+            if let Err(error) = self.shared.watch(&memory, space) {
+                // Those that are watched already would be for ever.
+                self.forget(&memory);
+                return Err(error);
+            }
         }
         Ok(memory)
     }
@@ -512,4 +516,40 @@ impl Shared {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use medes_agent::image::{ProcessTable, Table};
+    use medes_agent::restore::HeldImage;
+    use medes_core::NodeId;
+    use medes_store::{Store, View};
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_served_whole_is_not_served_at_all() {
+        let processes = vec![ProcessTable::default(), ProcessTable::default()];
+        let table = Table { processes, ..Table::default() }.encode();
+        let store = Store::create(NodeId(0), 1 << 20).expect("a store");
+        let image = store.put_image(&[&table], &[]).expect("room");
+        let memory = store.memory().descriptor().try_clone_to_owned().expect("a descriptor");
+        let view = Arc::new(View::open(memory).expect("maps"));
+        // The second can't be waited on.
+        let (pipe, _end) = nix::unistd::pipe().expect("a pipe");
+        let file = std::fs::File::open("/proc/self/exe").expect("a file");
+        let held = HeldImage::open(view, image.extent(), vec![pipe, file.into()]);
+        let revived = held
+            .and_then(|held| held.revive(&Prefetch::default(), &mut RestoreBuffers::default()))
+            .expect("nothing to put back");
+        let spaces: Vec<_> = revived.spaces.iter().map(Arc::downgrade).collect();
+        let service = Service::start().expect("threads");
+        service
+            .serve(revived, Prefetch::default(), false, Box::new(|_| {}))
+            .err()
+            .expect("refused");
+        assert!(lock(&service.shared.watched).is_empty());
+        assert!(spaces.iter().all(|space| space.strong_count() == 0));
+        store.remove_image(image);
+    }
 }
