@@ -364,8 +364,15 @@ impl SeizedProcess {
     /// instruction. It gets there with registers that mean nothing to the kernel: no call to
     /// restart, and none to run should it still be at the entry of one. Its own are set in the
     /// loop, from where the kernel's restart rules apply to them.
+    ///
+    /// Where that fails the process is killed, even if the kernel says that it is gone: a thread
+    /// with registers that are not its own must not be let go.
     fn lead_back(&mut self) -> Result<(), InjectError> {
         let Some(injection) = self.injection.take() else { return Ok(()) };
+        self.lead_back_from(&injection).inspect_err(|_| self.kill())
+    }
+
+    fn lead_back_from(&mut self, injection: &Injection) -> Result<(), InjectError> {
         let (pid, tid) = (self.pid, injection.tid);
         let lost = |source: io::Error| match is_exited(&source) {
             true => InjectError::Gone(pid),
@@ -382,10 +389,7 @@ impl SeizedProcess {
                     Some(Stop::Exited) => return Err(InjectError::Gone(pid)),
                     Some(Stop::Signal(libc::SIGSTOP)) => self.stopped_by_signal = true,
                     Some(Stop::Signal(_) | Stop::Syscall) => {}
-                    None => {
-                        self.kill();
-                        return Err(InjectError::Lost { pid, tid });
-                    }
+                    None => return Err(InjectError::Lost { pid, tid }),
                 }
                 neutral.write(tid).map_err(lost)?;
                 stop::resume(libc::PTRACE_CONT, tid, 0).map_err(lost)?;
