@@ -70,7 +70,8 @@ pub enum SessionError {
 }
 
 /// Why memory could not be evicted. Registered ranges stay registered, dropped pages dropped;
-/// the caller has the content of every page and puts back what it was to drop.
+/// the caller has the content of every page and puts back what it was to drop, unless it is
+/// [`EvictError::Replace`].
 #[derive(Debug, thiserror::Error)]
 pub enum EvictError {
     /// The process is not in this session.
@@ -79,9 +80,17 @@ pub enum EvictError {
     /// Dropping failed.
     #[error(transparent)]
     Drop(#[from] DropError),
-    /// Memory that took a mapping's place can't be registered.
-    #[error(transparent)]
-    Register(#[from] RegisterError),
+    /// A mapping could not be replaced, or what took its place not be registered: its pages read as
+    /// zeros, and the process was killed.
+    #[error("replacing {:#x}..{:#x} of process {pid}, which is killed: {why}", range.start, range.end)]
+    Replace {
+        /// The process.
+        pid: i32,
+        /// The mapping.
+        range: Range<u64>,
+        /// What went wrong.
+        why: String,
+    },
 }
 
 /// What to drop of one process.
@@ -238,8 +247,15 @@ impl<F: Freezer> Session<F> {
         evicted.anonymous = drop::drop_pages(process, userfault, &anonymous)?;
         evicted.file = drop::drop_file_pages(process, &eviction.file)?;
         for Replacement { range, protection } in &eviction.replace {
-            drop::replace_file_mapping(process, range, *protection)?;
-            userfault.register(range.clone(), mode)?;
+            let replaced = drop::replace_file_mapping(process, range, *protection)
+                .map_err(|error| error.to_string())
+                .and_then(|()| {
+                    userfault.register(range.clone(), mode).map_err(|error| error.to_string())
+                });
+            if let Err(why) = replaced {
+                process.kill();
+                return Err(EvictError::Replace { pid, range: range.clone(), why });
+            }
         }
         Ok(evicted)
     }

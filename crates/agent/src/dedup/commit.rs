@@ -172,6 +172,9 @@ impl Operation<'_> {
         // From here on pages are missing.
         let dropped = self.drop_all(&mut session, plan, &kept, &mut standing.userfaults);
         let closed = session.close();
+        if let Err(error @ EvictError::Replace { .. }) = &dropped {
+            return Err(DedupError::Lost(error.to_string()));
+        }
         if let Err(error) = &dropped {
             tracing::warn!(%error, "dropping pages failed; they are put back");
             // The holder puts the pages back and thaws; those still there are left alone.
