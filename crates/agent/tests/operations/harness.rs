@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -104,6 +104,11 @@ impl Target {
 
     pub fn kill(&mut self) {
         self.child.kill().expect("dies");
+    }
+
+    /// Its end, when it has closed its output.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.child.wait().expect("its end")
     }
 
     pub fn root_name(&self) -> &str {

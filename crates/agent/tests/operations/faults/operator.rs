@@ -89,6 +89,7 @@ fn hold(scene: &mut Scene, operator: &mut Child, stream: UnixStream) -> u64 {
             Some("store") => {
                 let memory = process.take_descriptor(number() as i32).expect("its store");
                 scene.keeping.view = Arc::new(View::open(memory).expect("maps"));
+                writeln!(answers, "held").expect("the operator");
             }
             Some("hold") => {
                 let image = Extent { start: number() as u32, pages: number() as u32 };
@@ -145,6 +146,7 @@ fn operate(orders: &str) {
     let bench = Bench::new(STORE_BYTES, LocalRegistry::new(RegistryConfig::default()));
     let told = Told(stream);
     told.tell(&format!("store {}", bench.store.memory().descriptor().as_raw_fd()));
+    told.hear().expect("who holds");
     let act = || {
         told.tell(&format!("step {}", at.saturating_add(1)));
         die()
@@ -168,6 +170,10 @@ impl Told {
         // In one piece, whoever else tells something.
         (&self.0).write_all(format!("{line}\n").as_bytes()).expect("who holds");
     }
+
+    fn hear(&self) -> std::io::Result<()> {
+        BufReader::new(&self.0).read_line(&mut String::new()).map(drop)
+    }
 }
 
 impl Holder for Told {
@@ -181,9 +187,7 @@ impl Holder for Told {
         let mut line = format!("hold {start} {pages}");
         userfaults.iter().for_each(|fd| line.push_str(&format!(" {}", fd.as_raw_fd())));
         self.tell(&line);
-        let mut answer = String::new();
-        BufReader::new(&self.0).read_line(&mut answer).map_err(|error| error.to_string())?;
-        Ok(())
+        self.hear().map_err(|error| error.to_string())
     }
 
     fn release(&self) {

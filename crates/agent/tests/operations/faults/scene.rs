@@ -4,6 +4,7 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -230,12 +231,20 @@ pub enum Answer {
     Dead,
 }
 
+/// The exit status of a subject whose second process was killed.
+const CHILD_KILLED: i32 = 4;
+
 /// Asks a sandbox, which has been asked `asked` times. Wrong memory is the end.
 pub fn ask(target: &mut Target, asked: &mut u32) -> Answer {
     target.tell("");
     *asked += 1;
     match target.line().as_str() {
-        "" => Answer::Dead,
+        "" => {
+            let end = target.wait();
+            let is_killed = end.signal() == Some(libc::SIGKILL) || end.code() == Some(CHILD_KILLED);
+            assert!(is_killed, "it did not die by being killed: {end}");
+            Answer::Dead
+        }
         line if line == format!("right {asked}") => Answer::Right,
         wrong => panic!("{wrong}"),
     }

@@ -4,10 +4,11 @@
  *
  * It prints "ready". For each line on standard input both check all their memory, and change a
  * little of it; then it prints "right N". Whatever is not as it must be is printed as "wrong: ..."
- * and ends the process with status 3. */
+ * and ends the process with status 3. If the second process was killed the first ends with 4. */
 
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,7 +16,7 @@
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <signal.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { PAGE = 4096, WORDS = PAGE / 8, PAGES = 160, HEAP_PAGES = 24, FILE_PAGES = 200 };
@@ -91,6 +92,18 @@ static void start_thread(void) {
     if (pthread_create(&thread, NULL, wait_for_nothing, NULL)) fail("no thread");
 }
 
+/* The other process is gone: killed, or for some other reason, which is wrong. */
+static void end(void) {
+    int status = 0;
+    wait(&status);
+    if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGKILL) {
+        char line[60];
+        int length = snprintf(line, sizeof line, "wrong: the child ended with %x\n", status);
+        if (write(1, line, length) < 0) {}
+    }
+    _exit(4);
+}
+
 int main(int count, char **values) {
     seed = count > 1 ? strtoull(values[1], NULL, 10) : 1;
     setvbuf(stdout, NULL, _IONBF, 0);
@@ -109,6 +122,7 @@ int main(int count, char **values) {
     heap += (PAGE - (uintptr_t)heap % PAGE) % PAGE;
     versions = calloc(ALL, sizeof *versions);
     for (unsigned page = 0; page < ALL; page++) renew(page, page % 5 ? (uint32_t)mix(page) | 1 : 0);
+    signal(SIGPIPE, SIG_IGN);
     int down[2], up[2];
     char byte;
     if (pipe(down) || pipe(up)) fail("no pipes");
@@ -133,7 +147,7 @@ int main(int count, char **values) {
     for (unsigned round = 0; read(0, &byte, 1) == 1;) {
         if (byte != '\n') continue;
         check(round);
-        if (write(down[1], "?", 1) != 1 || read(up[0], &byte, 1) != 1) fail("no child");
+        if (write(down[1], "?", 1) != 1 || read(up[0], &byte, 1) != 1) end();
         char line[40];
         int length = snprintf(line, sizeof line, "right %u\n", ++round);
         if (write(1, line, length) != length) return 5;
