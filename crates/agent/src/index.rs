@@ -1,5 +1,6 @@
 //! An image opened for reading page by page, in any order.
 
+use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -153,8 +154,14 @@ impl ImageIndex {
                 break;
             }
             let mut at = self.offsets[process][n] as usize;
-            let addresses = (run.address..run.end()).step_by(PAGE_SIZE);
-            for (k, address) in addresses.enumerate() {
+            let page = PAGE_SIZE as u64;
+            let from = ((range.start.max(run.address) - run.address) / page) as usize;
+            let to = ((range.end.min(run.end()) - run.address).div_ceil(page)) as usize;
+            if let Source::Patches(list) = &run.source {
+                at += list[..from].iter().map(|p| usize::from(p.length)).sum::<usize>();
+            }
+            for k in from..to {
+                let address = run.address + k as u64 * page;
                 let (source, patch) = match &run.source {
                     Source::Base { snapshot, page, .. } => {
                         (PageSource::Base(page_ref((*snapshot, page + k as u32))), &[][..])
@@ -170,12 +177,47 @@ impl ImageIndex {
                         }
                     }
                 };
-                if range.contains(&address) {
-                    found(address, source, patch)?;
-                }
+                found(address, source, patch)?;
             }
         }
         Ok(())
+    }
+
+    /// Calls `found` for those of `pages` that the image has exactly like this, where they lie one
+    /// after the other from `address` on: number, source, patch.
+    pub fn for_each_equal<'s>(
+        &'s self,
+        process: usize,
+        address: u64,
+        pages: &[Page],
+        decoder: &mut Decoder,
+        mut found: impl FnMut(usize, PageSource, &'s [u8]),
+    ) {
+        let mut decoded = [0; PAGE_SIZE];
+        let range = address..address + (pages.len() * PAGE_SIZE) as u64;
+        let all = self.for_each_source::<Infallible>(process, range, |at, source, patch| {
+            let n = (at - address) as usize / PAGE_SIZE;
+            let equal = match source {
+                PageSource::Zero => false,
+                PageSource::Base(base) => self.base_page(base) == Some(&pages[n]),
+                PageSource::Patch { base, .. } => {
+                    let base = base.and_then(|at| self.base_page(at));
+                    decoder.decode(patch, base, &mut decoded).is_ok() && decoded == pages[n]
+                }
+            };
+            if equal {
+                found(n, source, patch);
+            }
+            Ok(())
+        });
+        let Ok(()) = all;
+    }
+
+    /// The content of one of its base pages.
+    fn base_page(&self, at: PageRef) -> Option<&Page> {
+        let snapshot = self.table.snapshots.iter().position(|used| used.id == at.snapshot)? as u16;
+        let record = self.record(snapshot).ok()?;
+        Some(self.view.page(self.slot(&record, snapshot, at.page).ok()?))
     }
 
     /// The first address, `from` or higher, at which the image has a page of a process.

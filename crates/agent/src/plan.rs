@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use medes_memory::PAGE_SIZE;
 use medes_memory::mappings::{Mapping, Mappings};
-use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_obstacles};
+use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_mapping_obstacles, find_obstacles};
 use medes_memory::pages::{PageClass, PageRun, PageScanner};
 use medes_memory::ranges::{overlap, without};
 use medes_memory::reader::read_pages;
@@ -43,6 +43,8 @@ pub struct MappingPlan {
     pub runs: Vec<PageRun>,
     /// The rest of what is kept in the image: pages that are as an earlier image has them.
     pub reused: Vec<Reused>,
+    /// Everything that the earlier image has of it, also what was written to since.
+    pub known: Vec<Reused>,
 }
 
 /// Pages that an earlier image brings back as well as a new one could: nobody has written to them
@@ -99,7 +101,22 @@ pub enum PlanError {
 }
 
 impl Plan {
-    /// Looks at frozen processes. Nothing is changed. `spaces` says, of processes that were
+    /// Looks for what makes processes unfit as a whole. Nothing of them is changed.
+    ///
+    /// # Errors
+    /// [`PlanError`]: the first thing that stands in the way.
+    pub fn check(pids: &[i32]) -> Result<(), PlanError> {
+        let options = ObstacleOptions { peers: pids, kept_userfault: None };
+        for pid in pids {
+            let look = |source| PlanError::Look { pid: *pid, source };
+            if let Some(first) = find_obstacles(*pid, &options).map_err(look)?.into_iter().next() {
+                return Err(first.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at the memory of frozen processes. Nothing is changed. `spaces` says, of processes that were
     /// restored from an image and have been watched since, what of it is still theirs: one for
     /// each, by process id.
     ///
@@ -112,8 +129,7 @@ impl Plan {
             return Err(PlanError::OtherProcesses);
         }
         let space = |n: usize| spaces.and_then(|spaces| spaces.get(n));
-        let processes =
-            pids.iter().enumerate().map(|(n, pid)| ProcessPlan::of(*pid, &pids, space(n)));
+        let processes = pids.iter().enumerate().map(|(n, pid)| ProcessPlan::of(*pid, space(n)));
         let processes = processes.collect::<Result<Vec<_>, _>>()?;
         if processes.is_empty() { Err(PlanError::Nothing) } else { Ok(Self { processes }) }
     }
@@ -144,34 +160,29 @@ impl Plan {
 }
 
 impl ProcessPlan {
-    fn of(pid: i32, peers: &[i32], space: Option<&SpaceView>) -> Result<Self, PlanError> {
+    fn of(pid: i32, space: Option<&SpaceView>) -> Result<Self, PlanError> {
         let look = |source| PlanError::Look { pid, source };
-        let all = Mappings::read_with_flags(pid).map_err(look)?;
-        let options = ObstacleOptions { peers, kept_userfault: None };
-        if let Some(first) = find_obstacles(pid, &all, &options).map_err(look)?.into_iter().next() {
+        let all = Mappings::read(pid).map_err(look)?;
+        if let Some(first) = find_mapping_obstacles(pid, &all).into_iter().next() {
             return Err(first.into());
         }
-        let mut scanner = PageScanner::open(pid).map_err(look)?;
-        let mut mappings = Vec::new();
-        for mapping in all.iter().filter(|m| m.left_resident().is_none()) {
-            let mut runs = Vec::new();
-            scanner.scan(mapping, &mut runs).map_err(look)?;
-            let known = match space {
-                Some(space) if mapping.is_anonymous() => space.of_image(&mapping.range()),
-                _ => Vec::new(),
-            };
-            // What was read but never written reads as zeros again all by itself, unless the image
-            // would put something else there.
-            let is_known = |run: &PageRun| known.iter().any(|k| overlap(&k.range, &run.range()));
-            runs.retain(|run| run.class != PageClass::ZeroPage || is_known(run));
-            if runs.is_empty() && known.is_empty() {
+        // The flags take as long as all the rest.
+        let (flagged, scanned) = std::thread::scope(|scope| {
+            let flagged = scope.spawn(|| Mappings::read_with_flags(pid));
+            let scanned = scan(pid, &all, space);
+            let flagged = flagged.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (flagged, scanned)
+        });
+        let (flagged, scanned) = (flagged.map_err(look)?, scanned.map_err(look)?);
+        let mut flagged = flagged.iter();
+        let mut mappings = Vec::with_capacity(scanned.len());
+        for Scanned { range, mut runs, reused, known } in scanned {
+            // Both are in order, and a frozen process maps nothing.
+            let mapping = flagged.find(|mapping| mapping.range() == range);
+            let mapping = mapping.ok_or_else(|| look(io::ErrorKind::NotFound.into()))?;
+            if mapping.left_resident().is_some() {
                 continue;
             }
-            let reused = if known.is_empty() {
-                Vec::new()
-            } else {
-                split_unwritten(&mut scanner, &known, &mut runs).map_err(look)?
-            };
             let kind = kind_of(pid, mapping, &runs);
             if let MappingKind::Replaced(_) = kind {
                 // Every page, also those that are still the file's.
@@ -179,12 +190,48 @@ impl ProcessPlan {
                 let class = PageClass::FileCow;
                 runs = vec![PageRun { start: mapping.start, pages, class }];
             }
-            let (start, end) = (mapping.start, mapping.end);
+            let Range { start, end } = range;
             let heap = mapping.kind == medes_memory::mappings::MappingKind::Heap;
-            mappings.push(MappingPlan { start, end, kind, heap, runs, reused });
+            mappings.push(MappingPlan { start, end, kind, heap, runs, reused, known });
         }
         Ok(Self { pid, mappings })
     }
+}
+
+/// What a look at one mapping's pages found.
+struct Scanned {
+    range: Range<u64>,
+    runs: Vec<PageRun>,
+    reused: Vec<Reused>,
+    known: Vec<Reused>,
+}
+
+/// Looks at the pages of all mappings that may be droppable, in order; those that have none are
+/// left out.
+fn scan(pid: i32, all: &[Mapping], space: Option<&SpaceView>) -> io::Result<Vec<Scanned>> {
+    let mut scanner = PageScanner::open(pid)?;
+    let mut scanned = Vec::new();
+    for mapping in all.iter().filter(|m| m.left_resident().is_none()) {
+        let mut runs = Vec::new();
+        scanner.scan(mapping, &mut runs)?;
+        let known = match space {
+            Some(space) if mapping.is_anonymous() => space.of_image(&mapping.range()),
+            _ => Vec::new(),
+        };
+        // What was read but never written reads as zeros again all by itself, unless the image
+        // would put something else there.
+        let is_known = |run: &PageRun| known.iter().any(|k| overlap(&k.range, &run.range()));
+        runs.retain(|run| run.class != PageClass::ZeroPage || is_known(run));
+        if runs.is_empty() && known.is_empty() {
+            continue;
+        }
+        let reused = match known.is_empty() {
+            true => Vec::new(),
+            false => split_unwritten(&mut scanner, &known, &mut runs)?,
+        };
+        scanned.push(Scanned { range: mapping.range(), runs, reused, known });
+    }
+    Ok(scanned)
 }
 
 /// Takes the pages out of `runs` that have not been written to since the image put them back, and

@@ -112,16 +112,12 @@ pub struct ObstacleOptions<'a> {
     pub kept_userfault: Option<i32>,
 }
 
-/// Everything that stands in the way of dropping the memory of `pid`, whose mappings are
-/// `mappings`. Best asked while the process stands still.
+/// What stands in the way of dropping the memory of `pid`, but for what its mappings tell
+/// ([`find_mapping_obstacles`]). Best asked while the process stands still.
 ///
 /// # Errors
 /// What reading `/proc` reports, other than that the process is gone.
-pub fn find_obstacles(
-    pid: i32,
-    mappings: &[Mapping],
-    options: &ObstacleOptions<'_>,
-) -> io::Result<Vec<Obstacle>> {
+pub fn find_obstacles(pid: i32, options: &ObstacleOptions<'_>) -> io::Result<Vec<Obstacle>> {
     let status = match fs::read_to_string(format!("/proc/{pid}/status")) {
         Ok(status) => status,
         Err(error) if is_gone(&error) => return Ok(vec![Obstacle::Gone { pid }]),
@@ -151,12 +147,6 @@ pub fn find_obstacles(
     if is_32_bit(pid) {
         found.push(Obstacle::ThirtyTwoBit { pid });
     }
-    if mappings.iter().any(|mapping| mapping.name.starts_with("/[aio]")) {
-        found.push(Obstacle::Aio { pid });
-    }
-    if let Some(mapping) = mappings.iter().find(|mapping| is_direct_device(&mapping.name)) {
-        found.push(Obstacle::DeviceAccess { pid, device: mapping.name.clone() });
-    }
     match find_descriptors(pid, options, &mut found) {
         Err(error) if is_gone(&error) => return Ok(vec![Obstacle::Gone { pid }]),
         other => other?,
@@ -171,6 +161,18 @@ pub fn find_obstacles(
         }
     }
     Ok(found)
+}
+
+/// What of a process's mappings stands in the way of dropping its other memory.
+pub fn find_mapping_obstacles(pid: i32, mappings: &[Mapping]) -> Vec<Obstacle> {
+    let mut found = Vec::new();
+    if mappings.iter().any(|mapping| mapping.name.starts_with("/[aio]")) {
+        found.push(Obstacle::Aio { pid });
+    }
+    if let Some(mapping) = mappings.iter().find(|mapping| is_direct_device(&mapping.name)) {
+        found.push(Obstacle::DeviceAccess { pid, device: mapping.name.clone() });
+    }
+    found
 }
 
 fn find_descriptors(

@@ -18,7 +18,7 @@ use medes_memory::userfault::UserFault;
 use medes_registry::{Near, Scope};
 use medes_sandbox::Cgroup;
 use medes_store::{ImageHandle, StoreError};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
 use crate::api::{DedupFailure, DedupReport};
@@ -44,9 +44,11 @@ pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, new_base: bool) 
             }
         };
         {
-            // The one before may have been cancelled and still be putting its things away.
-            let _operating = entry.operating.lock();
-            answer(operate(&shared, &entry, new_base, &|| answer(Err(DedupFailure::Cancelled))));
+            let cancelled = || answer(Err(DedupFailure::Cancelled));
+            match my_turn(&entry) {
+                Some(_operating) => answer(operate(&shared, &entry, new_base, &cancelled)),
+                None => cancelled(),
+            }
         }
         if entry.gone.load(Ordering::SeqCst) {
             shared.drop_image(&entry);
@@ -57,6 +59,21 @@ pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, new_base: bool) 
         return Err(DedupFailure::StaysWarm { reason, lasting: false });
     }
     wait.await.unwrap_or_else(|_| Err(DedupFailure::Lost("the operation panicked".into())))
+}
+
+/// Waits for the operation before, which may have been cancelled and still be putting its things
+/// away; `None` if this one is cancelled too meanwhile.
+fn my_turn(entry: &Entry) -> Option<MutexGuard<'_, ()>> {
+    const LOOK_AGAIN: Duration = Duration::from_micros(500);
+    let cancel = Arc::clone(&entry.cancel.lock());
+    loop {
+        if let Some(turn) = entry.operating.try_lock_for(LOOK_AGAIN) {
+            return Some(turn);
+        }
+        if cancel.is_requested() {
+            return None;
+        }
+    }
 }
 
 fn operate(

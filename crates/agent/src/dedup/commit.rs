@@ -9,7 +9,7 @@ use medes_memory::pages::{PageClass, PageRun, PageScanner};
 use medes_memory::ranges::without;
 use medes_memory::session::{EvictError, Eviction, Freezer, Replacement, Session};
 use medes_memory::tracee::SeizeOptions;
-use medes_memory::userfault::{RegisterMode, UserFault, UserFaultFeatures, UserFaultOptions};
+use medes_memory::userfault::{RegisterMode, UserFault};
 use medes_pages::PAGE_SIZE;
 use medes_store::ImageHandle;
 
@@ -34,6 +34,11 @@ pub(super) struct Registered {
 }
 
 impl Registered {
+    /// Whether a range of process `n`, which is a mapping, is registered or will be.
+    fn includes(&self, n: usize, range: &Range<u64>) -> bool {
+        self.ranges[n].binary_search_by_key(&range.start, |r| r.start).is_ok()
+    }
+
     /// Whether the kernel tells of writes to the pages of a mapping that are read.
     pub(super) fn watches(&self, mapping: &MappingPlan) -> bool {
         self.protected && mapping.kind == MappingKind::Anonymous
@@ -41,59 +46,22 @@ impl Registered {
 }
 
 impl Operation<'_> {
-    /// Makes userfaultfds, if there are none, and registers the plan's mappings; and from here on
-    /// the kernel remembers who writes to them, if it can. The sandbox stays frozen.
-    pub(super) fn register<F: Freezer>(
+    /// Registers the plan's mappings; from here on the kernel remembers who writes to them, if it
+    /// can. Where it can they lack nothing yet even if pages should be missing, so that a sandbox
+    /// that is let run again need not be waited for.
+    pub(super) fn register(
         &self,
-        standing: &mut Standing<'_, F>,
-        plan: &Plan,
-    ) -> Result<Registered, DedupError> {
-        let mut session = Session::open(&mut standing.freezer, &SeizeOptions::default())
-            .map_err(Hindrance::Session)?;
-        let userfaults = &mut standing.userfaults;
-        let result = self.register_all(&mut session, userfaults, standing.fresh, plan);
-        let (ended, phase) = match &result {
-            Err(DedupError::Cancelled) => (session.resume(), Phase::Runs),
-            _ => (session.close(), Phase::Restartable),
-        };
-        // It lacks nothing yet: if it could not be led back, or frozen again, it is dead, or as
-        // it was.
-        standing.phase = if ended.is_ok() { phase } else { Phase::Frozen };
-        ended.map_err(Hindrance::Session)?;
-        result
-    }
-
-    fn register_all<F: Freezer>(
-        &self,
-        session: &mut Session<F>,
-        userfaults: &mut Vec<UserFault>,
+        userfaults: &mut [UserFault],
         fresh: bool,
         plan: &Plan,
     ) -> Result<Registered, DedupError> {
-        let mut pids: Vec<i32> = session.processes().iter().map(|p| p.pid()).collect();
-        pids.sort_unstable();
-        if !pids.iter().copied().eq(plan.processes.iter().map(|p| p.pid)) {
+        if userfaults.len() != plan.processes.len() {
             return Err(Hindrance::Changed.into());
         }
-        let options = UserFaultOptions {
-            features: UserFaultFeatures::events_and_writes(),
-            keep_in_target: false,
-            without_privilege: false,
-        };
         let mut ranges = Vec::with_capacity(plan.processes.len());
-        let mut tracks_writes = true;
-        for (n, process) in plan.processes.iter().enumerate() {
-            self.check_cancelled()?;
-            if fresh {
-                let made = session.userfault(process.pid, &options);
-                userfaults.push(made.map_err(Hindrance::Userfault)?);
-            }
-            tracks_writes &= userfaults[n].tracks_writes();
-        }
-        // What the kernel itself writes when a thread has run is written before it counts.
-        session.settle().map_err(Hindrance::Session)?;
+        let tracks_writes = userfaults.iter().all(UserFault::tracks_writes);
         let mode = match tracks_writes {
-            true => RegisterMode::MissingAndWriteProtect,
+            true => RegisterMode::WriteProtect,
             false => RegisterMode::Missing,
         };
         let protected = fresh && tracks_writes;
@@ -106,6 +74,7 @@ impl Operation<'_> {
                     // Registered when it has become anonymous.
                     MappingKind::Replaced(_) => of_process.push(range),
                     MappingKind::File => {}
+                    MappingKind::Anonymous if userfault.covers(&range) => of_process.push(range),
                     MappingKind::Anonymous => match userfault.register(range.clone(), mode) {
                         Ok(()) => {
                             if protected {
@@ -141,11 +110,13 @@ impl Operation<'_> {
         let holder = standing.holder;
         let mut session = Session::open(&mut standing.freezer, &SeizeOptions::default())
             .map_err(Hindrance::Session)?;
-        let descriptors: Vec<BorrowedFd<'_>> =
-            standing.userfaults.iter().map(AsFd::as_fd).collect();
-        let held = self
+        let userfaults = &mut standing.userfaults;
+        let ready = self
             .verify(&session, plan, registered, read)
-            .and_then(|()| kept_pages(&mut session, plan))
+            .and_then(|()| watch_missing(plan, registered, userfaults))
+            .and_then(|()| kept_pages(&mut session, plan));
+        let descriptors: Vec<BorrowedFd<'_>> = userfaults.iter().map(AsFd::as_fd).collect();
+        let held = ready
             // A sandbox that the holder believes to be away may not run on.
             .inspect(|_| session.kill_with_tracer())
             .and_then(|kept| {
@@ -202,7 +173,7 @@ impl Operation<'_> {
             return Err(Hindrance::Changed.into());
         }
         let mut written = Vec::new();
-        for (process, ranges) in plan.processes.iter().zip(&registered.ranges) {
+        for (n, process) in plan.processes.iter().enumerate() {
             let mut scanner = PageScanner::open(process.pid).map_err(Hindrance::Look)?;
             let mut scan = |range: Range<u64>| {
                 let found = scanner.scan_written(range, PageClass::Anonymous, false, &mut written);
@@ -210,7 +181,7 @@ impl Operation<'_> {
             };
             for mapping in &process.mappings {
                 let range = mapping.start..mapping.end;
-                if registered.watches(mapping) && ranges.contains(&range) {
+                if registered.watches(mapping) && registered.includes(n, &range) {
                     mapping.runs.iter().try_for_each(|run| scan(run.range()))?;
                 }
                 for reused in &mapping.reused {
@@ -289,6 +260,24 @@ fn kept_pages<F: Freezer>(
         Ok(kept)
     };
     plan.processes.iter().map(of_process).collect()
+}
+
+/// Registers for missing pages what has been registered for write protection so far.
+fn watch_missing(
+    plan: &Plan,
+    registered: &Registered,
+    userfaults: &mut [UserFault],
+) -> Result<(), DedupError> {
+    for (n, process) in plan.processes.iter().enumerate() {
+        for mapping in process.mappings.iter().filter(|m| m.kind == MappingKind::Anonymous) {
+            let range = mapping.start..mapping.end;
+            if registered.includes(n, &range) && !userfaults[n].covers(&range) {
+                let mode = RegisterMode::MissingAndWriteProtect;
+                userfaults[n].register(range, mode).map_err(Hindrance::Register)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Write-protects the pages of a mapping that are there: protecting those that are not would take

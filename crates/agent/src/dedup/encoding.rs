@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use medes_core::{PageRef, SnapshotId};
-use medes_pages::{Fingerprint, Fingerprinter, PAGE_SIZE};
+use medes_pages::{Decoder, Fingerprint, Fingerprinter, PAGE_SIZE, Page};
 use medes_registry::Scope;
 use medes_store::Snapshot;
 use parking_lot::Mutex;
 
-use super::batch::{BATCH, Batch, hash, page_buffer};
+use super::batch::{BATCH, Batch, Known, hash, page_buffer};
 use super::{Counts, DedupError, Hindrance, Operation, Subject};
 use crate::encode::{Bases, EncodeError, PageEncoder, PageSource};
+use crate::index::ImageIndex;
 
 /// An image may take at most three quarters of the pages that it stands for.
 const WORTH: (u64, u64) = (3, 4);
@@ -22,6 +23,8 @@ const WORTH: (u64, u64) = (3, 4);
 pub(super) struct Encoded {
     pub(super) sources: Vec<PageSource>,
     pub(super) patches: Vec<u8>,
+    /// Pages that are as an earlier image has them, although they were written to.
+    pub(super) unchanged: u64,
     /// For each batch, in order, a hash of its content, if it is one that is hashed.
     pub(super) hashes: Vec<Option<u64>>,
     /// Every snapshot that a source refers to; held so that none can go.
@@ -32,16 +35,76 @@ pub(super) struct Encoded {
 struct Part {
     sources: Vec<PageSource>,
     patches: Vec<u8>,
+    unchanged: u64,
     hash: Option<u64>,
 }
 
+/// A page that is as an earlier image has it.
+type Unchanged<'a> = Option<(PageSource, &'a [u8])>;
+
+/// Which pages of a batch an earlier image has exactly like this. A page that was written to often
+/// is: a reference count went up and down again.
+fn unchanged<'a>(
+    batch: &Batch,
+    pages: &[Page],
+    old: &'a ImageIndex,
+    decoder: &mut Decoder,
+) -> Vec<Unchanged<'a>> {
+    let mut all = vec![None; pages.len()];
+    for Known { pages: which, origin } in &batch.known {
+        let first = which.start;
+        old.for_each_equal(batch.process, *origin, &pages[which.clone()], decoder, |n, s, p| {
+            all[first + n] = Some((s, p));
+        });
+    }
+    all
+}
+
+impl Part {
+    /// Encodes the pages of a batch but those in `known`, if that is not empty.
+    fn encode(
+        &mut self,
+        encoder: &mut PageEncoder<'_>,
+        places: &[u64],
+        pages: &[Page],
+        known: &[Unchanged<'_>],
+    ) -> Result<(), DedupError> {
+        let mut at = 0;
+        while at < pages.len() {
+            if let Some(Some((source, patch))) = known.get(at) {
+                self.sources.push(*source);
+                self.patches.extend_from_slice(patch);
+                self.unchanged += 1;
+                at += 1;
+                continue;
+            }
+            let rest = known.iter().skip(at).position(Option::is_some);
+            let end = rest.map_or(pages.len(), |n| at + n);
+            let (places, pages) = (&places[at..end], &pages[at..end]);
+            let encoded = encoder.encode(places, pages, &mut self.sources, &mut self.patches);
+            encoded.map_err(|error| match error {
+                EncodeError::Stopped => DedupError::Cancelled,
+                error => Hindrance::Encode(error).into(),
+            })?;
+            at = end;
+        }
+        Ok(())
+    }
+}
+
 impl Operation<'_> {
-    /// Encodes all batches; `reused` bytes of the sandbox's pages are in none of them.
-    pub(super) fn encode(&self, batches: &[Batch], reused: u64) -> Result<Encoded, DedupError> {
+    /// Encodes all batches. `reused` bytes of the sandbox's pages are in none of them, because an
+    /// `old` image has them.
+    pub(super) fn encode(
+        &self,
+        batches: &[Batch],
+        reused: u64,
+        old: Option<&ImageIndex>,
+    ) -> Result<Encoded, DedupError> {
         if self.options.new_base {
             self.encode_as_base(batches)
         } else {
-            self.encode_against_bases(batches, reused)
+            self.encode_against_bases(batches, reused, old)
         }
     }
 
@@ -78,7 +141,12 @@ impl Operation<'_> {
     }
 
     /// Encodes all batches against the bases there are, on as many threads as allowed.
-    fn encode_against_bases(&self, batches: &[Batch], reused: u64) -> Result<Encoded, DedupError> {
+    fn encode_against_bases(
+        &self,
+        batches: &[Batch],
+        reused: u64,
+        old: Option<&ImageIndex>,
+    ) -> Result<Encoded, DedupError> {
         let Subject { domain, function, near, scope } = self.subject;
         let mut own = match scope {
             Scope::Any | Scope::SameFunction => self.store.snapshots_of(domain, function),
@@ -97,6 +165,7 @@ impl Operation<'_> {
             let mut encoder = PageEncoder::new(bases, fingerprinter).stop_on(self.cancel.flag());
             let mut buffer = page_buffer();
             let mut places = Vec::with_capacity(BATCH as usize);
+            let mut decoder = Decoder::new();
             loop {
                 let n = next.fetch_add(1, Ordering::Relaxed);
                 let Some(batch) = batches.get(n) else { break };
@@ -106,11 +175,8 @@ impl Operation<'_> {
                 places.extend(batch.addresses());
                 let hash = batch.hashed.then(|| hash(pages));
                 let mut part = Part { hash, ..Part::default() };
-                let encoded = encoder.encode(&places, pages, &mut part.sources, &mut part.patches);
-                encoded.map_err(|error| match error {
-                    EncodeError::Stopped => DedupError::Cancelled,
-                    error => Hindrance::Encode(error).into(),
-                })?;
+                let known = old.map(|old| unchanged(batch, pages, old, &mut decoder));
+                part.encode(&mut encoder, &places, pages, &known.unwrap_or_default())?;
                 let image = part.patches.len() as u64;
                 let image = kept.fetch_add(image, Ordering::Relaxed) + image;
                 if image > all / WORTH.1 * WORTH.0 {
@@ -141,6 +207,7 @@ impl Operation<'_> {
         for (_, part) in parts {
             encoded.sources.extend(part.sources);
             encoded.patches.extend(part.patches);
+            encoded.unchanged += part.unchanged;
             encoded.hashes.push(part.hash);
         }
         Ok(encoded)
@@ -156,6 +223,7 @@ impl Operation<'_> {
         let mut counts = Counts {
             patch_bytes: encoded.patches.len() as u64,
             // Parts are joined into one piece, so patches and sources are there twice for a moment.
+            reused: encoded.unchanged,
             overhead_bytes: buffers + 2 * (encoded.patches.len() + sources) as u64,
             ..Counts::default()
         };

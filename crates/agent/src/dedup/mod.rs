@@ -1,11 +1,11 @@
 //! The dedup operation, on a live sandbox.
 //!
-//! 1. The sandbox is frozen, and what of it can go is planned.
-//! 2. With every thread stopped for a moment, each process makes a userfaultfd, and its memory is
-//!    registered and write-protected: the kernel now remembers who writes to it.
-//! 3. Pages are read, encoded, and the image stored. This takes nearly all of the time, and a
-//!    request that arrives meanwhile has the sandbox run again at once.
-//! 4. With every thread stopped again: if nobody wrote to the memory, the [`Holder`] takes hold of
+//! 1. The sandbox is frozen, and with every thread stopped for a moment each process makes a
+//!    userfaultfd.
+//! 2. What of it can go is planned; its memory is write-protected, so that the kernel remembers who
+//!    writes to it; pages are read, encoded, and the image stored. This takes nearly all of the
+//!    time, and a request that arrives meanwhile has the sandbox run again at once.
+//! 3. With every thread stopped again: if nobody wrote to the memory, the [`Holder`] takes hold of
 //!    image and userfaultfds, and only then the pages are dropped. A request that arrives meanwhile
 //!    stops the dropping, and restores what is gone already.
 //!
@@ -221,7 +221,7 @@ pub struct Counts {
     pub unique: u64,
     /// Pages whose base page belongs to another function.
     pub foreign: u64,
-    /// Pages taken over from the image before, because nobody has written to them since.
+    /// Pages taken over from the image before, because nobody has changed them since.
     pub reused: u64,
     /// Pages that stay in the sandbox because the kernel needs them there.
     pub kept: u64,
@@ -332,17 +332,30 @@ impl Operation<'_> {
             Some(previous) => Some(standing.suspend(&previous.userfaults)?),
             None => None,
         };
-        let pids = standing.freezer.processes().map_err(Hindrance::Freeze)?;
-        let plan = match standing.watch(self.cancel, || Plan::of(&pids, spaces.as_deref()))? {
-            Watched::Done(plan) => plan.map_err(Hindrance::Plan)?,
-            Watched::Cancelled(_) => return Err(DedupError::Cancelled),
-        };
-        let registered = self.register(standing, &plan)?;
+        let mut pids = standing.freezer.processes().map_err(Hindrance::Freeze)?;
+        pids.sort_unstable();
+        Plan::check(&pids).map_err(Hindrance::Plan)?;
+        standing.prepare(&pids)?;
         let old = previous.map(|previous| &previous.image);
-        let made = match standing.watch(self.cancel, || self.make(&plan, &registered, old))? {
-            Watched::Done(made) => made?,
-            Watched::Cancelled(made) => {
-                if let Ok(made) = made {
+        let mut userfaults = std::mem::take(&mut standing.userfaults);
+        let fresh = standing.fresh;
+        let work = || {
+            let plan = Plan::of(&pids, spaces.as_deref()).map_err(Hindrance::Plan)?;
+            let registered = self.register(&mut userfaults, fresh, &plan)?;
+            let made = self.make(&plan, &registered, old)?;
+            Ok((plan, registered, made))
+        };
+        let worked: Watched<Result<_, DedupError>> = standing.watch(self.cancel, work)?;
+        let (plan, registered, made) = match worked {
+            Watched::Done(done) => {
+                standing.userfaults = userfaults;
+                done?
+            }
+            Watched::Cancelled(done) => {
+                if fresh {
+                    standing::release(userfaults);
+                }
+                if let Ok((.., made)) = done {
                     self.store.remove_image(made.image);
                 }
                 return Err(DedupError::Cancelled);
@@ -368,8 +381,9 @@ impl Operation<'_> {
     /// [`DedupError`], as `dedup` would have it.
     pub fn estimate(&self, pids: &[i32]) -> Result<Estimate, DedupError> {
         let begin = Instant::now();
+        Plan::check(pids).map_err(Hindrance::Plan)?;
         let plan = Plan::of(pids, None).map_err(Hindrance::Plan)?;
-        let encoded = self.encode(&batches(&plan, |_| true), 0)?;
+        let encoded = self.encode(&batches(&plan, |_| true), 0, None)?;
         let mut counts = self.count(&encoded);
         counts.encode_us = micros(begin);
         let anonymous = |p: &crate::plan::ProcessPlan| {
@@ -390,7 +404,7 @@ impl Operation<'_> {
         old: Option<&ImageIndex>,
     ) -> Result<Made, DedupError> {
         let batches = batches(plan, |mapping| registered.watches(mapping));
-        let encoded = self.encode(&batches, plan.reused_bytes())?;
+        let encoded = self.encode(&batches, plan.reused_bytes(), old)?;
         self.check_cancelled()?;
         let mut counts = self.count(&encoded);
         let Registered { ranges, tracks_writes, .. } = registered;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use medes_memory::session::{Freezer, Session};
 use medes_memory::tracee::SeizeOptions;
-use medes_memory::userfault::UserFault;
+use medes_memory::userfault::{UserFault, UserFaultFeatures, UserFaultOptions};
 
 use super::{Cancel, DedupError, Hindrance, Holder};
 use crate::view::SpaceView;
@@ -79,6 +79,32 @@ impl<'a, F: Freezer> Standing<'a, F> {
         Ok(views)
     }
 
+    /// Stops the processes once and makes what is left to be done in them: a userfaultfd for each,
+    /// if there is none yet. They stay frozen, and thawing is all that it takes from here on.
+    pub(super) fn prepare(&mut self, pids: &[i32]) -> Result<(), DedupError> {
+        let mut session = Session::open(&mut self.freezer, &SeizeOptions::default())
+            .map_err(Hindrance::Session)?;
+        let mut result = Ok(());
+        if self.fresh {
+            let options = UserFaultOptions {
+                features: UserFaultFeatures::events_and_writes(),
+                keep_in_target: false,
+                without_privilege: false,
+            };
+            let made = pids.iter().map(|pid| session.userfault(*pid, &options));
+            match made.collect::<Result<_, _>>() {
+                Ok(userfaults) => self.userfaults = userfaults,
+                Err(error) => result = Err(Hindrance::Userfault(error).into()),
+            }
+        }
+        let closed = session.close();
+        // It lacks nothing yet: if it could not be led back, or frozen again, it is dead, or as it
+        // was.
+        self.phase = if closed.is_ok() { Phase::Restartable } else { Phase::Frozen };
+        closed.map_err(Hindrance::Session)?;
+        result
+    }
+
     /// Runs `work` on another thread. If somebody cancels meanwhile, the sandbox runs again at
     /// once, however long the work takes to notice.
     pub(super) fn watch<T: Send>(
@@ -130,12 +156,36 @@ impl<'a, F: Freezer> Standing<'a, F> {
         }
         .map_err(|why| lost("thawing", &why))?;
         if self.fresh {
-            // Who has touched a page that never was there waits until they are gone.
-            self.userfaults.clear();
+            release(std::mem::take(&mut self.userfaults));
         }
         Ok(())
     }
 }
+
+/// Closes userfaultfds of processes that run and lack nothing. Closing alone would keep them from
+/// their memory for as long as it takes to lift all write protection.
+pub(super) fn release(userfaults: Vec<UserFault>) {
+    let mut events = Vec::new();
+    for mut userfault in userfaults {
+        if !userfault.tracks_writes() {
+            continue;
+        }
+        let ranges: Vec<_> =
+            userfault.watched().chain(userfault.registered().iter().cloned()).collect();
+        for range in ranges {
+            let slices = (range.start..range.end).step_by(SLICE as usize);
+            for slice in slices.map(|start| start..range.end.min(start + SLICE)) {
+                // Unmapped by now, maybe; and who unmaps or forks waits until it has been heard.
+                let _ = userfault.write_protect(slice, false);
+                let _ = userfault.read_events(&mut events);
+                events.clear();
+            }
+        }
+    }
+}
+
+/// Address space whose write protection is lifted at a time, bytes.
+const SLICE: u64 = 4 << 20;
 
 /// Lets a frozen group of processes run as if nothing had happened, from whatever point of an
 /// operation that did not get as far as to drop anything. Thawing alone would end some waits.

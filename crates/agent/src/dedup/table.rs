@@ -81,7 +81,8 @@ impl<'e> Build<'_, 'e> {
         runs: &mut RunBuilder,
     ) -> Result<(), DedupError> {
         let file = mapping.kind == MappingKind::File;
-        let stays = !file && !registered.iter().any(|r| r.start == mapping.start);
+        let known = registered.binary_search_by_key(&mapping.start, |r| r.start);
+        let stays = !file && known.is_err();
         let mut reused = mapping.reused.iter().peekable();
         for run in &mapping.runs {
             while let Some(before) = reused.next_if(|r| r.range.start < run.start) {

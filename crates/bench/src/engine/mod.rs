@@ -13,7 +13,7 @@ mod timing;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use medes_core::{Layout, SandboxId};
+use medes_core::{FunctionSpec, Layout, SandboxId};
 use medes_pages::FingerprintConfig;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
@@ -34,7 +34,7 @@ const REQUESTS: [u32; 2] = [6, 4];
 /// How long after its beginning a dedup operation is cancelled, milliseconds.
 const CANCEL_AFTER: [u64; 5] = [2, 5, 10, 15, 20];
 
-/// Whole operations on each sandbox.
+/// Sandboxes of each function that are deduplicated, each twice.
 const OPERATIONS: usize = 3;
 
 /// How to measure.
@@ -69,7 +69,7 @@ pub struct Speeds {
     pub decode_patches_gbps: f64,
 }
 
-/// Whole dedup operations on one sandbox: the figures are those of the median one.
+/// Whole dedup operations on sandboxes of one function: the figures are those of the median one.
 #[derive(Clone, Debug, Serialize)]
 pub struct WholeOperation {
     /// The sandbox's function.
@@ -98,7 +98,10 @@ pub struct WholeOperation {
     /// A restore until the sandbox runs, milliseconds; the median. Pages outside of its working
     /// set come back later.
     pub restore_ms: f64,
-    /// How often it was deduplicated.
+    /// The next dedup operation on the same sandbox, after a restore and one request: from
+    /// beginning to end, milliseconds; the median.
+    pub again_ms: f64,
+    /// How many sandboxes were deduplicated.
     pub operations: usize,
 }
 
@@ -214,14 +217,16 @@ fn one(
     let subject = testbed.inspect(sandboxes[1], Dump::of)?;
     let bank = Bank::with(FingerprintConfig::default(), [(spec.id, &base)])?;
     let material = Material::new(bank, subject, spec.id)?;
-    let operation = operate(testbed, function, sandboxes)?;
+    let operation = operate(testbed, function, &spec, sandboxes)?;
     Ok((material, operation))
 }
 
-/// A whole operation on the second sandbox, against a base of the first. Both are gone then.
+/// Whole operations on the second sandbox and on others like it, against a base of the first. All
+/// are gone then.
 fn operate(
     testbed: &Testbed,
     function: &Function,
+    spec: &FunctionSpec,
     [base, subject]: [SandboxId; 2],
 ) -> Result<WholeOperation> {
     testbed.dedup(base, true)?;
@@ -236,21 +241,33 @@ fn operate(
         }
     }
     let mut all = Vec::new();
-    for _ in 0..OPERATIONS {
+    let mut again = Vec::new();
+    let mut sandbox = subject;
+    for n in 0..OPERATIONS as u32 {
+        if n > 0 {
+            sandbox = testbed.start(spec)?;
+            for request in 0..REQUESTS[1] {
+                testbed.invoke(spec, sandbox, &function.event(1000 * (n + 1) + request))?;
+            }
+            testbed.settle();
+        }
         let begin = processor_time();
-        let done = testbed.dedup(subject, false)?;
+        let done = testbed.dedup(sandbox, false)?;
         let cpu = processor_time().saturating_sub(begin);
-        let restored = testbed.restore(subject)?;
+        let restored = testbed.restore(sandbox)?;
         all.push((done, cpu, restored.total_us));
+        testbed.invoke(spec, sandbox, &function.event(1000 * (n + 1) + REQUESTS[1]))?;
         // All memory comes back in the meantime.
         testbed.settle();
+        again.push(testbed.dedup(sandbox, false)?.total_us);
+        testbed.purge(sandbox);
     }
     testbed.purge(base);
-    testbed.purge(subject);
     let ms = |us: u64| round(us as f64 / 1000.0, 2);
     let longest = cancels.iter().max().copied().unwrap_or_default();
     let mut restores: Vec<u64> = all.iter().map(|(.., us)| *us).collect();
     restores.sort_unstable();
+    again.sort_unstable();
     all.sort_by_key(|(done, ..)| done.total_us);
     let (done, cpu, _) = all[OPERATIONS / 2];
     let (before, after) = (done.before.total(), done.after.total());
@@ -267,6 +284,7 @@ fn operate(
         cancel_ms: round(longest.as_secs_f64() * 1e3, 3),
         cancelled: cancels.len(),
         restore_ms: ms(restores[OPERATIONS / 2]),
+        again_ms: ms(again[OPERATIONS / 2]),
         operations: OPERATIONS,
     })
 }

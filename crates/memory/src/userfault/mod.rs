@@ -18,7 +18,7 @@ mod create;
 mod events;
 mod fill;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -138,6 +138,8 @@ pub struct UserFault {
     features: UserFaultFeatures,
     /// Registered ranges by address, one per mapping.
     registered: Vec<Range<u64>>,
+    /// Ranges registered for write protection alone.
+    watched: BTreeMap<u64, u64>,
     /// Events read while waiting for something else.
     queued: VecDeque<Event>,
     /// Number of the descriptor that the target kept.
@@ -155,7 +157,8 @@ impl UserFault {
     ) -> Self {
         let mut registered = registered;
         registered.sort_unstable_by_key(|range| range.start);
-        Self { fd, features, registered, queued: VecDeque::new(), target_fd }
+        let (watched, queued) = (BTreeMap::new(), VecDeque::new());
+        Self { fd, features, registered, watched, queued, target_fd }
     }
 
     /// The descriptor, to be passed to another process.
@@ -188,6 +191,12 @@ impl UserFault {
         &self.registered
     }
 
+    /// Ranges registered for write protection and not for missing pages; each is what one call of
+    /// [`register`](Self::register) named. Events are not followed.
+    pub fn watched(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.watched.iter().map(|(start, end)| *start..*end)
+    }
+
     /// Number of the descriptor in the target, if the target kept one.
     pub fn target_fd(&self) -> Option<i32> {
         self.target_fd
@@ -212,8 +221,11 @@ impl UserFault {
         // SAFETY: UFFDIO_REGISTER takes a struct uffdio_register, which holds no pointers.
         match unsafe { sys::ioctl(self.fd.as_raw_fd(), abi::UFFDIO_REGISTER, &mut arg) } {
             Ok(_) => {
-                if mode != RegisterMode::WriteProtect {
+                if mode == RegisterMode::WriteProtect {
+                    self.watched.insert(range.start, range.end);
+                } else {
                     self.forget(&range);
+                    self.watched.remove(&range.start);
                     let index = self.registered.partition_point(|known| known.start < range.start);
                     self.registered.insert(index, range);
                 }

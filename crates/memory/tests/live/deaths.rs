@@ -251,7 +251,7 @@ fn a_parent_in_vfork_is_refused_in_time_and_let_go() {
         assert!(std::time::Instant::now() < until);
     };
     let options = ObstacleOptions { peers: &[child], ..Default::default() };
-    let found = find_obstacles(pid, &[], &options).unwrap();
+    let found = find_obstacles(pid, &options).unwrap();
     assert_eq!(found, [Obstacle::SharedAddressSpace { pid, other: child }]);
     on_tracer_thread(|| {
         let options = SeizeOptions { deadline: Duration::from_millis(100), ..Default::default() };

@@ -2,13 +2,15 @@
 
 use crate::harness::Target;
 use medes_memory::mappings::Mappings;
-use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_obstacles};
+use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_mapping_obstacles, find_obstacles};
 use medes_memory::session::on_tracer_thread;
 use medes_memory::tracee::ThreadGroup;
 
 fn obstacles(pid: i32) -> Vec<Obstacle> {
     let mappings = Mappings::read(pid).unwrap_or_default();
-    find_obstacles(pid, &mappings, &ObstacleOptions::default()).unwrap()
+    let mut found = find_obstacles(pid, &ObstacleOptions::default()).unwrap();
+    found.extend(find_mapping_obstacles(pid, &mappings));
+    found
 }
 
 #[test]
@@ -40,7 +42,7 @@ fn a_userfaultfd_of_its_own_is_found_unless_it_is_ours() {
     let fd = target.ask("fd").parse().unwrap();
     assert_eq!(obstacles(pid), [Obstacle::OwnUserfault { pid, fd }]);
     let ours = ObstacleOptions { kept_userfault: Some(fd), ..Default::default() };
-    assert_eq!(find_obstacles(pid, &[], &ours).unwrap(), []);
+    assert_eq!(find_obstacles(pid, &ours).unwrap(), []);
 }
 
 #[test]
