@@ -306,7 +306,8 @@ fn the_next_dedup_costs_what_was_written() {
         bench.restore_watched(&mut second, cycle % 2 == 0, Target::check);
         let again = bench.dedup_again(&second, &done).expect("deduplicates");
         let reused = again.counts.reused;
-        assert!(reused > pages / 2, "{reused} of {pages} pages reused in cycle {cycle}");
+        // Of what was written to, most is what it was before.
+        assert!(reused > pages / 10 * 9, "{reused} of {pages} pages reused in cycle {cycle}");
         assert!(again.counts.pages.abs_diff(pages) < pages / 10, "{:?}", again.counts);
         drop(done.userfaults);
         bench.store.remove_image(done.image);
