@@ -106,6 +106,7 @@ impl From<ClientError> for ApiError {
             "NotAttached" => (StatusCode::NOT_FOUND, "NotAttached"),
             "Untouchable" => (StatusCode::FORBIDDEN, "Untouchable"),
             "StaysWarm" => (StatusCode::CONFLICT, "StaysWarm"),
+            "Paused" => (StatusCode::CONFLICT, "Paused"),
             "Attached" => (StatusCode::CONFLICT, "Attached"),
             "Busy" => (StatusCode::CONFLICT, "Busy"),
             "Lost" => (StatusCode::CONFLICT, "Lost"),

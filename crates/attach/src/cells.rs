@@ -47,10 +47,6 @@ impl Cells {
     /// What the kernel says; processes are back where they were then.
     pub(crate) fn take(selection: &Selection, name: &str) -> io::Result<Self> {
         if let Selection::Unified(path) = selection {
-            if read(path, "cgroup.freeze").is_ok_and(|text| text.trim() == "1") {
-                let why = format!("{} is frozen already: unpause it first", path.display());
-                return Err(io::Error::other(why));
-            }
             return Ok(Self(vec![Cell { path: path.clone(), origin: None }]));
         }
         let mut cells = Self::default();
@@ -160,6 +156,12 @@ impl Cells {
             order.ok_or_else(|| io::Error::other("too many groups are attached"))
         };
         self.0.iter().map(order).collect()
+    }
+
+    /// Whether somebody else has let any of it run: an engine that unpauses a container, say.
+    pub(crate) fn is_thawed(&self) -> bool {
+        let thawed = |cell: &Cell| read(&cell.path, "cgroup.freeze").is_ok_and(|s| s.trim() == "0");
+        self.0.iter().any(thawed)
     }
 
     /// The processes in it.

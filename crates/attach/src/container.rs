@@ -1,27 +1,14 @@
-//! Finding a container by its identifier, from what the engines leave on disk and in cgroups.
+//! Finding a container by its identifier or name, and its cgroup.
 
-use std::collections::BTreeSet;
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use crate::engines::{self, Container, Watcher};
 use crate::processes;
 use crate::target::{Selection, TargetError, directory};
 
-/// Where engines keep a directory for each container, `*` for one level of any name, and the file
-/// in it that names the container's first process.
-const STATES: [(&str, &str); 8] = [
-    ("/run/containerd/io.containerd.runtime.v2.task/*", "init.pid"),
-    ("/run/containerd/runc/*", "state.json"),
-    ("/run/docker/runtime-runc/*", "state.json"),
-    ("/run/runc", "state.json"),
-    ("/run/crun", "status"),
-    ("/run/containers/storage/overlay-containers", "userdata/pidfile"),
-    ("/var/run/containers/storage/overlay-containers", "userdata/pidfile"),
-    ("/run/youki", "state.json"),
-];
-
-/// Commands that know containers by name.
+/// Commands that know containers of engines that leave nothing that is known here.
 const COMMANDS: [(&str, &[&str]); 3] = [
     ("docker", &["inspect", "--format", "{{.State.Pid}}"]),
     ("podman", &["inspect", "--format", "{{.State.Pid}}"]),
@@ -37,16 +24,19 @@ pub(crate) fn select(
     others: &[(PathBuf, String)],
 ) -> Result<Selection, TargetError> {
     let id = id.strip_prefix("containerd://").unwrap_or(id);
-    let init = match by_state(id, Path::new("/"))? {
-        Some(pid) => Some(pid),
-        None => by_command(id),
-    };
+    let mut running = engines::containers(Path::new("/"), &Watcher::all());
+    // Records may be left of those that have ended.
+    running.retain(|container| processes::is_alive(container.pid));
+    let found = named(id, &running)?;
+    let init = found.as_ref().map(|container| container.pid).or_else(|| by_command(id));
+    // The cgroup bears the identifier, whatever the container was called here.
+    let id = found.as_ref().map_or(id, |container| container.id.as_str());
     let paths = match init {
         Some(pid) if processes::is_alive(pid) => processes::cgroups(pid),
         _ => by_cgroup(id)?,
     };
     // The outermost cgroup that bears the container's name: engines nest others in it.
-    let named = |path: &str| {
+    let cgroup_named = |path: &str| {
         let mut at = String::new();
         for part in path.split('/').filter(|part| !part.is_empty()) {
             at = format!("{at}/{part}");
@@ -58,7 +48,7 @@ pub(crate) fn select(
     };
     let in_unified = paths.iter().find(|(controllers, _)| controllers.is_empty());
     if let Some(found) = in_unified
-        .and_then(|(_, path)| named(path))
+        .and_then(|(_, path)| cgroup_named(path))
         .and_then(|path| directory(unified, &path))
         .filter(|directory| directory.is_dir())
     {
@@ -70,7 +60,7 @@ pub(crate) fn select(
                 .split(',')
                 .all(|one| !one.is_empty() && options.split(',').any(|option| option == one))
         });
-        if let (Some((mount, _)), Some(path)) = (mount, named(path))
+        if let (Some((mount, _)), Some(path)) = (mount, cgroup_named(path))
             && let Some(found) = directory(mount, &path).filter(|found| found.is_dir())
         {
             return Ok(Selection::Legacy(found));
@@ -103,52 +93,26 @@ fn is_hex(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// The first process of the container with this identifier, or the only one that begins so.
-fn by_state(id: &str, root: &Path) -> Result<Option<i32>, TargetError> {
-    let mut found: BTreeSet<(String, i32)> = BTreeSet::new();
-    for (pattern, file) in STATES {
-        for parent in expand(&root.join(pattern.trim_start_matches('/'))) {
-            for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
-                let Ok(name) = entry.file_name().into_string() else { continue };
-                let meant = name == id || (id.len() >= SHORTEST && name.starts_with(id));
-                if meant && let Some(pid) = read_pid(&entry.path().join(file)) {
-                    found.insert((name, pid));
-                }
-            }
+/// The container with this identifier or name, or the only one whose identifier begins so.
+fn named(id: &str, all: &BTreeSet<Container>) -> Result<Option<Container>, TargetError> {
+    let pick = |is_meant: &dyn Fn(&Container) -> bool| {
+        let meant: Vec<&Container> = all.iter().filter(|c| is_meant(c)).collect();
+        let ids: BTreeSet<&str> = meant.iter().map(|c| c.id.as_str()).collect();
+        match ids.len() {
+            0 | 1 => Ok(meant.first().map(|c| (*c).clone())),
+            _ => Err(TargetError::Ambiguous(
+                id.to_owned(),
+                ids.into_iter().collect::<Vec<_>>().join(", "),
+            )),
         }
+    };
+    if let Some(found) = pick(&|c| c.id == id)? {
+        return Ok(Some(found));
     }
-    if let Some((_, pid)) = found.iter().find(|(name, _)| name == id) {
-        return Ok(Some(*pid));
+    if let Some(found) = pick(&|c| c.names.iter().any(|name| name == id))? {
+        return Ok(Some(found));
     }
-    let names: BTreeSet<&String> = found.iter().map(|(name, _)| name).collect();
-    match names.len() {
-        0 => Ok(None),
-        1 => Ok(found.first().map(|(_, pid)| *pid)),
-        _ => Err(TargetError::Ambiguous(id.to_owned())),
-    }
-}
-
-/// The directories that a pattern with a last level of any name means.
-fn expand(pattern: &Path) -> Vec<PathBuf> {
-    match pattern.file_name() {
-        Some(name) if name == "*" => {
-            let parent = pattern.parent().unwrap_or(pattern);
-            let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-            entries.map(|entry| entry.path()).collect()
-        }
-        _ => vec![pattern.to_path_buf()],
-    }
-}
-
-/// A file that holds a number, or JSON with one under a name that runtimes use.
-fn read_pid(file: &Path) -> Option<i32> {
-    let text = fs::read_to_string(file).ok()?;
-    if let Ok(pid) = text.trim().parse() {
-        return Some(pid);
-    }
-    let state: serde_json::Value = serde_json::from_str(&text).ok()?;
-    let pid = state.get("init_process_pid").or_else(|| state.get("pid"))?.as_i64()?;
-    i32::try_from(pid).ok().filter(|pid| *pid > 0)
+    pick(&|c| id.len() >= SHORTEST && c.id.starts_with(id))
 }
 
 fn by_command(id: &str) -> Option<i32> {
@@ -167,23 +131,20 @@ fn by_command(id: &str) -> Option<i32> {
 
 /// The cgroups of some process in a cgroup that bears the name.
 fn by_cgroup(id: &str) -> Result<Vec<(String, String)>, TargetError> {
-    let mut names = BTreeSet::new();
-    let mut found = Vec::new();
+    let mut found = BTreeMap::new();
     for pid in processes::all() {
         let cgroups = processes::cgroups(pid);
         let part = cgroups.iter().flat_map(|(_, path)| path.split('/')).find(|p| bears_name(p, id));
-        if let Some(part) = part {
-            names.insert(
-                part.trim_end_matches(".scope").rsplit(['-', ':']).next().map(str::to_owned),
-            );
-            found = cgroups;
+        let name = part.map(|part| part.trim_end_matches(".scope"));
+        if let Some(name) = name.and_then(|name| name.rsplit(['-', ':']).next()) {
+            found.insert(name.to_owned(), cgroups);
         }
     }
-    match names.len() {
-        0 => Err(TargetError::NoContainer(id.to_owned())),
-        1 => Ok(found),
-        _ => Err(TargetError::Ambiguous(id.to_owned())),
+    if found.len() > 1 {
+        let ids = found.into_keys().collect::<Vec<_>>().join(", ");
+        return Err(TargetError::Ambiguous(id.to_owned(), ids));
     }
+    found.into_values().next().ok_or_else(|| TargetError::NoContainer(id.to_owned()))
 }
 
 #[cfg(test)]
@@ -211,28 +172,27 @@ mod tests {
     }
 
     #[test]
-    fn engines_say_where_the_first_process_is() {
-        let root = tempfile::tempdir().unwrap();
-        let put = |path: String, content: &str| {
-            let path = root.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, content).unwrap();
+    fn an_identifier_comes_before_a_name_and_a_name_before_a_beginning() {
+        let container = |id: &str, name: &str, pid| Container {
+            id: id.to_owned(),
+            names: vec![name.to_owned()],
+            pid,
         };
-        put(format!("run/containerd/io.containerd.runtime.v2.task/moby/{ID}/init.pid"), "17");
-        put("run/runc/web/state.json".into(), r#"{"id":"web","init_process_pid":18}"#);
-        put("run/crun/batch/status".into(), r#"{"pid":19,"bundle":"/b"}"#);
-        put("run/runc/web2/state.json".into(), r#"{"init_process_pid":20}"#);
-        let find = |id: &str| by_state(id, root.path());
-        assert_eq!(find(ID).unwrap(), Some(17));
-        assert_eq!(find(&ID[..12]).unwrap(), Some(17));
-        assert_eq!(find("web").unwrap(), Some(18));
-        assert_eq!(find("batch").unwrap(), Some(19));
+        let other = ID.replace("0123", "4567");
+        let all = BTreeSet::from([
+            container(ID, "web", 1),
+            container(&other, "4f0c", 2),
+            container("batch", "job", 3),
+        ]);
+        let find = |id: &str| named(id, &all).map(|found| found.map(|c| c.pid));
+        assert_eq!(find(ID).unwrap(), Some(1));
+        assert_eq!(find("web").unwrap(), Some(1));
+        assert_eq!(find("4f0c").unwrap(), Some(2));
+        assert_eq!(find("job").unwrap(), Some(3));
+        assert_eq!(find("batc").unwrap(), Some(3));
         assert_eq!(find("nothing").unwrap(), None);
-        put(
-            format!("run/runc/{}/state.json", ID.replace("0123", "4567")),
-            r#"{"init_process_pid":21}"#,
-        );
-        assert!(matches!(find(&ID[..12]), Err(TargetError::Ambiguous(_))));
-        assert_eq!(find(ID).unwrap(), Some(17));
+        assert_eq!(find("bat").unwrap(), None);
+        let both = find(&ID[..12]).unwrap_err().to_string();
+        assert!(both.contains(ID) && both.contains(&other), "{both}");
     }
 }

@@ -8,6 +8,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use medes_agent::dedup::{Cancel, Counts, DedupError, Operation, Options, Subject};
@@ -106,6 +108,9 @@ fn leave_cgroup() {
     }
 }
 
+/// When a group ran, or why it can't.
+type Ran = Result<Instant, String>;
+
 /// Everything that is attached, and what it takes.
 struct Engine {
     store: Store,
@@ -191,7 +196,7 @@ impl Engine {
                 Err(error) => return Err(error),
             }
             if looked.elapsed() > LOOK {
-                self.forget_ended();
+                self.look_after();
                 looked = Instant::now();
             }
             let idle = self.groups.lock().is_empty()
@@ -260,6 +265,9 @@ impl Engine {
         target.check(&pids, asker)?;
         if let Some(group) = self.holds_any(&pids) {
             return Err(Refusal::Attached(target, group.id.clone()));
+        }
+        if !dry_run {
+            target.check_running(&pids)?;
         }
         let first = pids[0];
         let program = processes::program(first).unwrap_or_default().display().to_string();
@@ -404,20 +412,17 @@ impl Engine {
                 Memory::Going => return Err(Refusal::Busy(group.id.clone())),
             };
             *memory = Memory::Returning(away.private_bytes, away.image_bytes);
-            let (engine, id) = (Arc::clone(self), group.id.clone());
-            let (runs, ran) = std::sync::mpsc::channel();
-            let group = Arc::clone(group);
-            let thread = std::thread::spawn(move || engine.bring_back(&group, away, &runs));
-            restores.push((id, begin, ran, thread));
+            restores.push((group.id.clone(), begin, self.start_return(group, away)));
         }
         let is_there = |group: &Arc<Group>| self.groups.lock().contains_key(&group.id);
         let returns = |group: &Arc<Group>| matches!(*group.memory.lock(), Memory::Returning(..));
         while wait && groups.iter().any(|group| returns(group) && is_there(group)) {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let reports = restores.into_iter().map(|(id, begin, ran, thread)| {
+        let reports = restores.into_iter().map(|(id, begin, (ran, thread))| {
             let answer = ran.recv().unwrap_or_else(|_| Err("the restore broke off".into()));
-            let run_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let took = answer.as_ref().map_or_else(|_| begin.elapsed(), |at| *at - begin);
+            let run_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
             let mut error = answer.err();
             if wait {
                 let ended = thread.join().unwrap_or_else(|_| Err("the restore broke off".into()));
@@ -428,16 +433,23 @@ impl Engine {
         Ok(reports.collect())
     }
 
-    /// Brings a group's memory back; `runs` hears when it runs, or why it can't.
-    fn bring_back(
-        &self,
+    /// Brings a group's memory back on a thread of its own. The channel tells when it ran, or why
+    /// it can't.
+    fn start_return(
+        self: &Arc<Self>,
         group: &Arc<Group>,
         away: Away,
-        runs: &std::sync::mpsc::Sender<Result<(), String>>,
-    ) -> Result<(), String> {
+    ) -> (Receiver<Ran>, JoinHandle<Result<(), String>>) {
+        let (engine, group) = (Arc::clone(self), Arc::clone(group));
+        let (runs, ran) = std::sync::mpsc::channel();
+        (ran, std::thread::spawn(move || engine.bring_back(&group, away, &runs)))
+    }
+
+    /// Brings a group's memory back; `runs` hears when it runs, or why it can't.
+    fn bring_back(&self, group: &Arc<Group>, away: Away, runs: &Sender<Ran>) -> Result<(), String> {
         let result = away.held.bring_back(&group.cells, || {
             self.tell(&group.id, "runs", "its memory follows as it is touched");
-            let _ = runs.send(Ok(()));
+            let _ = runs.send(Ok(Instant::now()));
         });
         match &result {
             Ok(returned) => {
@@ -489,18 +501,29 @@ impl Engine {
         found.map(|group| vec![group]).ok_or(Refusal::NotAttached(name))
     }
 
-    /// Gives up what was kept for groups whose processes were killed.
-    fn forget_ended(&self) {
+    /// Gives up what was kept for groups whose processes were killed, and brings back those that
+    /// somebody else has thawed: their threads wait for memory.
+    fn look_after(self: &Arc<Self>) {
         let groups: Vec<Arc<Group>> = self.groups.lock().values().map(Arc::clone).collect();
         for group in groups {
-            if !group.cells.pids().is_empty() {
+            let mut memory = group.memory.lock();
+            let ended = group.cells.pids().is_empty();
+            if !ended && !group.cells.is_thawed() {
                 continue;
             }
-            let mut memory = group.memory.lock();
-            let Memory::Away(_) = *memory else { continue };
-            let Memory::Away(away) = std::mem::replace(&mut *memory, Memory::Going) else {
-                continue;
+            let away = match std::mem::replace(&mut *memory, Memory::Going) {
+                Memory::Away(away) => away,
+                other => {
+                    *memory = other;
+                    continue;
+                }
             };
+            if !ended {
+                *memory = Memory::Returning(away.private_bytes, away.image_bytes);
+                self.tell(&group.id, "thawed", "by somebody else: its memory comes back");
+                self.start_return(&group, away);
+                continue;
+            }
             drop(memory);
             drop(away.held);
             self.store.remove_image(away.image);
@@ -517,7 +540,7 @@ impl Engine {
         // What was on its way back already.
         while !self.groups.lock().is_empty() {
             std::thread::sleep(Duration::from_millis(10));
-            self.forget_ended();
+            self.look_after();
         }
     }
 }

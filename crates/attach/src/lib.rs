@@ -16,6 +16,7 @@ mod attached;
 mod cells;
 mod client;
 mod container;
+mod engines;
 mod events;
 pub mod holder;
 mod processes;

@@ -155,7 +155,7 @@ pub struct Event {
     pub at_ms: u64,
     /// The group's identifier.
     pub id: String,
-    /// What: `attached`, `dedup`, `stays`, `runs`, `restored`, `ended` or `killed`.
+    /// What: `attached`, `dedup`, `stays`, `thawed`, `runs`, `restored`, `ended` or `killed`.
     pub what: String,
     /// More about it.
     pub detail: String,
@@ -169,8 +169,8 @@ pub enum Reply {
     Ok(serde_json::Value),
     /// Why not.
     Error {
-        /// A stable name for programs: `NoSuchTarget`, `Untouchable`, `StaysWarm`, `Attached`,
-        /// `NotAttached`, `Lost`, `BadRequest` or `Failed`.
+        /// A stable name for programs: `NoSuchTarget`, `Untouchable`, `Paused`, `StaysWarm`,
+        /// `Attached`, `NotAttached`, `Busy`, `Lost`, `BadRequest` or `Failed`.
         code: String,
         /// The cause and the way out.
         message: String,

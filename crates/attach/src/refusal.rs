@@ -32,6 +32,7 @@ impl Refusal {
             Self::Target(TargetError::Untouchable { .. } | TargetError::WholeHost(_)) => {
                 "Untouchable"
             }
+            Self::Target(TargetError::Paused(..)) => "Paused",
             Self::Target(_) => "NoSuchTarget",
             Self::Attached(..) => "Attached",
             Self::NotAttached(_) => "NotAttached",

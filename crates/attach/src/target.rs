@@ -41,13 +41,20 @@ pub enum TargetError {
     NoCgroup(PathBuf),
     /// No such container.
     #[error(
-        "there is no running container {0}: looked in the state of containerd, Docker, Podman, \
-         runc and crun, and for a cgroup of that name; --pid or --cgroup take it too"
+        "there is no running container {0}: looked at what containerd, Docker, Podman, CRI-O, runc \
+         and crun keep of theirs, and for a cgroup of that name; --pid with its first process, or \
+         --cgroup, take it too"
     )]
     NoContainer(String),
-    /// The beginning of an identifier that several have.
-    #[error("several containers begin with {0}: give more of the identifier")]
-    Ambiguous(String),
+    /// A name, or the beginning of an identifier, that several have: it, and theirs.
+    #[error("{0} may be any of the containers {1}: give the identifier")]
+    Ambiguous(String, String),
+    /// Somebody has frozen it already.
+    #[error(
+        "{0} is paused ({path}): unpause it first, with what paused it (docker unpause, podman \
+         unpause, ctr task resume)", path = .1.display()
+    )]
+    Paused(Target, PathBuf),
     /// Nothing in it.
     #[error("there is no process in {0}")]
     Empty(Target),
@@ -137,6 +144,17 @@ impl Target {
         }
     }
 
+    /// Refuses what somebody has frozen: tracing would wait for it, and thawing is not ours to do.
+    ///
+    /// # Errors
+    /// [`TargetError::Paused`].
+    pub(crate) fn check_running(&self, pids: &[i32]) -> Result<(), TargetError> {
+        match pids.iter().find_map(|pid| frozen_by(*pid)) {
+            Some(cgroup) => Err(TargetError::Paused(self.clone(), cgroup)),
+            None => Ok(()),
+        }
+    }
+
     /// Refuses what must not be stopped: the host's first process, the kernel's threads, this
     /// program, and `asker` with all that wait for it.
     ///
@@ -168,6 +186,27 @@ impl Target {
         }
         Ok(())
     }
+}
+
+/// The cgroup that keeps a process from running, in whichever hierarchy: its own or one above.
+pub(crate) fn frozen_by(pid: i32) -> Option<PathBuf> {
+    let (unified, others) = processes::cgroup_mounts();
+    processes::cgroups(pid).into_iter().find_map(|(controllers, path)| {
+        let (mount, file, frozen) = if controllers.is_empty() {
+            (unified.as_ref()?, "cgroup.freeze", &["1"][..])
+        } else {
+            let is_freezer = |list: &str| list.split(',').any(|one| one == "freezer");
+            let (mount, _) = others.iter().find(|(_, options)| is_freezer(options))?;
+            is_freezer(&controllers).then_some(())?;
+            (mount, "freezer.state", &["FROZEN", "FREEZING"][..])
+        };
+        let own = directory(mount, &path)?;
+        let is_frozen = |directory: &&Path| {
+            let state = std::fs::read_to_string(directory.join(file)).unwrap_or_default();
+            frozen.contains(&state.trim())
+        };
+        own.ancestors().take_while(|d| d.starts_with(mount)).find(is_frozen).map(Path::to_path_buf)
+    })
 }
 
 /// A cgroup's path below its mount point, as `/proc/PID/cgroup` says it, as a directory.

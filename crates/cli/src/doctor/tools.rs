@@ -29,30 +29,54 @@ fn runtimes(config: &Config) -> Check {
     Check::not(Warn, "runtimes", found, "no function can be started", &remedy)
 }
 
+/// An engine's name, the command that says its version, its socket if it has one, and what
+/// `medes attach --container` takes.
+const ENGINES: [(&str, &str, &[&str], &str); 4] = [
+    ("Docker", "dockerd", &["/run/docker.sock"], "by name or identifier"),
+    ("Podman", "podman", &["/run/podman/podman.sock"], "by name or identifier"),
+    (
+        "containerd",
+        "containerd",
+        &["/run/containerd/containerd.sock", "/run/docker/containerd/containerd.sock"],
+        "by identifier",
+    ),
+    ("CRI-O", "crio", &["/run/crio/crio.sock"], "by identifier"),
+];
+
 fn engines() -> Check {
-    let sockets = [
-        ("Docker", "/run/docker.sock"),
-        ("containerd", "/run/containerd/containerd.sock"),
-        ("Podman", "/run/podman/podman.sock"),
-        ("CRI-O", "/run/crio/crio.sock"),
-    ];
-    let running: Vec<_> =
-        sockets.iter().filter(|(_, s)| Path::new(s).exists()).map(|(n, _)| *n).collect();
-    let there: Vec<_> = ["docker", "podman", "ctr", "crictl", "nerdctl"]
-        .into_iter()
-        .filter(|c| in_path(c))
-        .collect();
-    match (running.is_empty(), there.is_empty()) {
-        (false, _) => Check::ok("containers", format!("{} running", running.join(", "))),
-        (true, false) => Check::not(
-            Note,
-            "containers",
-            format!("{} installed, no engine running", there.join(", ")),
-            "",
-            "",
-        ),
-        (true, true) => Check::not(Note, "containers", "no engine", "", ""),
+    let describe = |(name, command, sockets, takes): &(&str, &str, &[&str], &str)| {
+        let listens = sockets.iter().find(|socket| Path::new(socket).exists());
+        let version = first_line(command, &["--version"]);
+        let version = version.as_deref().map(version_number);
+        let place = match (listens, version) {
+            (None, None) => return None,
+            (Some(socket), None) => socket.to_string(),
+            (Some(socket), Some(version)) => format!("{version}, {socket}"),
+            (None, Some(version)) => format!("{version}, no socket at its usual place"),
+        };
+        Some(format!("{name} ({place}; attach {takes})"))
+    };
+    let found: Vec<_> = ENGINES.iter().filter_map(describe).collect();
+    if found.is_empty() {
+        return Check::not(Note, "containers", "no engine", "", "");
     }
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    if mounts.lines().any(|line| line.split(' ').nth(2) == Some("cgroup2")) {
+        return Check::ok("containers", found.join(", "));
+    }
+    Check::not(
+        Warn,
+        "containers",
+        found.join(", "),
+        "no container can be attached: no cgroup version 2 hierarchy is mounted",
+        "mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
+    )
+}
+
+/// The number in what a command says of its version, or all of that.
+fn version_number(said: &str) -> &str {
+    let is_number = |word: &&str| word.starts_with(|c: char| c.is_ascii_digit());
+    said.split([' ', ',']).find(is_number).unwrap_or(said)
 }
 
 fn criu() -> Check {
@@ -82,11 +106,6 @@ fn libfabric() -> Check {
     Check::ok("libfabric", format!("{} ({kind})", providers.join(", ")))
 }
 
-fn in_path(command: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(command).is_file()))
-}
-
 fn output(command: &str, args: &[&str]) -> Option<String> {
     let out = Command::new(command).args(args).output().ok().filter(|o| o.status.success())?;
     Some(String::from_utf8_lossy(&out.stdout).into_owned())
@@ -94,4 +113,21 @@ fn output(command: &str, args: &[&str]) -> Option<String> {
 
 fn first_line(command: &str, args: &[&str]) -> Option<String> {
     output(command, args)?.lines().next().map(|l| l.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::version_number;
+
+    #[test]
+    fn versions_are_told_in_many_ways() {
+        for (said, number) in [
+            ("Docker version 20.10.24+dfsg1, build 5d6db84", "20.10.24+dfsg1"),
+            ("podman version 4.3.1", "4.3.1"),
+            ("containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1", "1.6.20~ds1"),
+            ("who knows", "who knows"),
+        ] {
+            assert_eq!(version_number(said), number);
+        }
+    }
 }
