@@ -5,6 +5,8 @@
 //! at it, afterwards the sandbox runs with the memory it had, or is dead; nothing is left in the
 //! page store, traced, frozen or registered, and no descriptor stays open.
 //!
+//! A sandbox that dies any other death than by being killed counts as one with wrong memory.
+//!
 //! Unless `MEDES_FAULTS` is `all` only some steps of each operation are tried, chosen by
 //! `MEDES_TORTURE_SEED`.
 
@@ -135,8 +137,7 @@ impl Scene {
         let cgroup = &self.keeping.cgroup;
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let mut spaces = spaces;
-                serve(&mut spaces, &stop, &mut RestoreBuffers::default()).unwrap_or_else(|error| {
+                serve(&spaces, &stop, &mut RestoreBuffers::default()).unwrap_or_else(|error| {
                     let _ = cgroup.order_kill();
                     panic!("serving: {error}")
                 })

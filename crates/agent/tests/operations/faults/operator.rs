@@ -3,46 +3,59 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-use medes_agent::dedup::{Cancel, DedupError, Holder, let_run};
+use medes_agent::dedup::{Cancel, DedupError, Holder, Previous, let_run};
+use medes_agent::index::ImageIndex;
 use medes_agent::restore::HeldImage;
 use medes_agent::view::SpaceView;
+use medes_core::NodeId;
 use medes_faults::{Verdict, die, supervise};
 use medes_memory::descriptor::ProcessHandle;
 use medes_memory::session::on_tracer_thread;
+use medes_memory::userfault::{UserFault, UserFaultFeatures};
 use medes_registry::{LocalRegistry, RegistryConfig};
 use medes_sandbox::CgroupRoot;
-use medes_store::{Extent, ImageHandle, View};
+use medes_store::{Extent, ImageHandle, Store, View};
 
 use super::scene::{Answer, Memory};
 use super::steps::{Fault, Injector};
-use super::{Outcome, STORE_BYTES, Samples, Scene, alone, operation};
+use super::{Outcome, STORE_BYTES, Samples, Scene, What, alone, operation};
 use crate::harness::{Bench, Group};
 
 /// Set for the process that operates: where its holder listens, the cgroups' root, the step at
-/// which it dies.
+/// which it dies; and if the sandbox was restored before, where its image lies, and which of the
+/// inherited descriptors are the store's memory file and the userfaultfds.
 const OPERATOR: &str = "MEDES_FAULTS_OPERATOR";
 
 #[test]
 fn the_operator_is_killed() {
-    if let Ok(orders) = std::env::var(OPERATOR) {
-        return operate(&orders);
+    match std::env::var(OPERATOR) {
+        Ok(orders) => operate(&orders),
+        Err(_) => sweep_deaths(What::AsBase),
     }
+}
+
+#[test]
+fn the_operator_of_a_second_dedup_is_killed() {
+    sweep_deaths(What::Again);
+}
+
+fn sweep_deaths(what: What) {
     alone(|| {
-        let name = "AsBase, the operator is killed";
-        let mut scene = Scene::new(name);
-        let (outcome, steps) = attempt(&mut scene, u64::MAX);
+        let name = format!("{what:?}, the operator is killed");
+        let mut scene = Scene::new(&name);
+        let (outcome, steps) = attempt(&mut scene, what, u64::MAX);
         assert_eq!(outcome, Outcome::Done);
         let mut samples = Samples::of(steps, &mut scene.random);
         let mut counts = [0; 3];
         let mut beyond = 0;
         while beyond < 3 {
             let at = samples.next();
-            let (outcome, steps) = attempt(&mut scene, at);
+            let (outcome, steps) = attempt(&mut scene, what, at);
             beyond += u64::from(steps <= at);
             counts[outcome as usize] += 1;
         }
@@ -53,16 +66,32 @@ fn the_operator_is_killed() {
 }
 
 /// Has another process operate, which dies at step `at`; returns how many steps it got to.
-fn attempt(scene: &mut Scene, at: u64) -> (Outcome, u64) {
-    let socket = std::env::temp_dir().join(format!("medes-faults-{}", std::process::id()));
+fn attempt(scene: &mut Scene, what: What, at: u64) -> (Outcome, u64) {
+    scene.prepare(what);
+    let name = format!("medes-faults-{}-{what:?}", std::process::id());
+    let socket = std::env::temp_dir().join(name);
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).expect("a socket");
     let root = scene.target.root_name();
-    let orders = format!("{} {root} {at}", socket.display());
+    let mut orders = format!("{} {root} {at}", socket.display());
+    let mut inherited: Vec<OwnedFd> = Vec::new();
+    if let Some(before) = &scene.before {
+        let Extent { start, pages } = before.image.extent();
+        orders += &format!(" {start} {pages}");
+        let store = scene.bench.store.memory().descriptor();
+        let all = std::iter::once(store).chain(before.userfaults.iter().map(AsFd::as_fd));
+        for fd in all {
+            // Not to be closed on exec.
+            let copy = nix::unistd::dup(fd).expect("a descriptor");
+            orders += &format!(" {}", copy.as_raw_fd());
+            inherited.push(copy);
+        }
+    }
     let mut operator = Command::new(std::env::current_exe().expect("this program"));
     operator.args(["--exact", "faults::operator::the_operator_is_killed"]);
     operator.env(OPERATOR, orders).stdout(Stdio::null()).stdin(Stdio::null());
     let mut operator = operator.spawn().expect("starts");
+    drop(inherited);
     let (stream, _) = listener.accept().expect("the operator");
     std::fs::remove_file(&socket).expect("a socket");
     drop(listener);
@@ -99,10 +128,20 @@ fn hold(scene: &mut Scene, operator: &mut Child, stream: UnixStream) -> u64 {
                 let Ok(userfaults) = userfaults else { break };
                 let view = Arc::clone(&scene.keeping.view);
                 let held = HeldImage::open(view, image, userfaults).expect("an image");
-                *scene.keeping.memory() = Memory::Held(held, Vec::new());
+                scene.keeping.take(held).expect("all its own");
                 let _ = writeln!(answers, "held");
             }
-            Some("release") => *scene.keeping.memory() = Memory::Present,
+            Some("release") => scene.keeping.release(),
+            Some("suspend") => {
+                let views = scene.keeping.suspend().expect("watched");
+                let bytes = postcard::to_allocvec(&views).expect("encodes");
+                let line: String = bytes.iter().map(|byte| format!("{byte} ")).collect();
+                let _ = writeln!(answers, "{line}");
+            }
+            Some("resume") => {
+                scene.keeping.resume().expect("suspended");
+                let _ = writeln!(answers, "resumed");
+            }
             Some("step") => steps = number(),
             other => panic!("{other:?}"),
         }
@@ -126,6 +165,9 @@ fn go_on(scene: &mut Scene) -> Outcome {
             Some(Answer::Dead) | None => Outcome::Dead,
         };
     }
+    if matches!(&*scene.keeping.memory(), Memory::Suspended(_)) {
+        scene.keeping.resume().expect("suspended");
+    }
     if is_to_be_frozen {
         on_tracer_thread(|| let_run(&mut Group(&cgroup))).expect("thaws");
     }
@@ -143,7 +185,9 @@ fn operate(orders: &str) {
     let root = CgroupRoot::new(word()).expect("cgroups");
     let cgroup = root.get("subject").expect("a cgroup");
     let at: u64 = word().parse().expect("a step");
-    let bench = Bench::new(STORE_BYTES, LocalRegistry::new(RegistryConfig::default()));
+    let rest: Vec<u64> = words.map(|word| word.parse().expect("a number")).collect();
+    let mut bench = Bench::new(STORE_BYTES, LocalRegistry::new(RegistryConfig::default()));
+    let previous = (!rest.is_empty()).then(|| take_over(&mut bench, &rest));
     let told = Told(stream);
     told.tell(&format!("store {}", bench.store.memory().descriptor().as_raw_fd()));
     told.hear().expect("who holds");
@@ -153,13 +197,30 @@ fn operate(orders: &str) {
     };
     let mut injector = Injector::new(Fault::Killed, at, &act);
     let cancel = Cancel::default();
-    let operation = operation(&bench, true, &cancel);
-    let done =
-        supervise(|call| injector.judge(call), || operation.dedup(Group(&cgroup), &told, None));
+    let operation = operation(&bench, previous.is_none(), &cancel);
+    let done = supervise(
+        |call| injector.judge(call),
+        || operation.dedup(Group(&cgroup), &told, previous.as_ref()),
+    );
     assert!(matches!(done, Ok(_) | Err(DedupError::StaysWarm(_))), "{done:?}");
     told.tell(&format!("step {}", injector.steps));
     // It ends as it would by a signal: nothing of it is put away.
     die();
+}
+
+/// Takes over the store and what is left of the operation before.
+fn take_over(bench: &mut Bench, orders: &[u64]) -> Previous {
+    let [start, pages, store, userfaults @ ..] = orders else { panic!("{orders:?}") };
+    let this = ProcessHandle::open(std::process::id() as i32).expect("this process");
+    let take = |fd: &u64| this.take_descriptor(*fd as i32).expect("inherited");
+    bench.store = Store::reopen(NodeId(0), take(store)).expect("a store");
+    let extent = Extent { start: *start as u32, pages: *pages as u32 };
+    let image = ImageIndex::open(bench.view(), extent).expect("an image");
+    let snapshots: Vec<_> = image.table().snapshots.iter().map(|used| used.id).collect();
+    let _adopted = bench.store.adopt_image(extent, &snapshots).expect("an image");
+    let features = UserFaultFeatures::events_and_writes();
+    let userfault = |fd: &u64| UserFault::from_parts(take(fd), features, Vec::new(), None);
+    Previous { image, userfaults: userfaults.iter().map(userfault).collect() }
 }
 
 /// Who holds is another process.
@@ -171,8 +232,10 @@ impl Told {
         (&self.0).write_all(format!("{line}\n").as_bytes()).expect("who holds");
     }
 
-    fn hear(&self) -> std::io::Result<()> {
-        BufReader::new(&self.0).read_line(&mut String::new()).map(drop)
+    fn hear(&self) -> std::io::Result<String> {
+        let mut line = String::new();
+        BufReader::new(&self.0).read_line(&mut line)?;
+        Ok(line)
     }
 }
 
@@ -187,7 +250,7 @@ impl Holder for Told {
         let mut line = format!("hold {start} {pages}");
         userfaults.iter().for_each(|fd| line.push_str(&format!(" {}", fd.as_raw_fd())));
         self.tell(&line);
-        self.hear().map_err(|error| error.to_string())
+        self.hear().map(drop).map_err(|error| error.to_string())
     }
 
     fn release(&self) {
@@ -199,11 +262,16 @@ impl Holder for Told {
     }
 
     fn suspend(&self) -> Result<Vec<SpaceView>, String> {
-        Err("nothing was restored here".into())
+        self.tell("suspend");
+        let line = self.hear().map_err(|error| error.to_string())?;
+        let bytes: Vec<u8> =
+            line.split_whitespace().map(|byte| byte.parse().expect("a byte")).collect();
+        postcard::from_bytes(&bytes).map_err(|error| error.to_string())
     }
 
     fn resume(&self) -> Result<(), String> {
-        Ok(())
+        self.tell("resume");
+        self.hear().map(drop).map_err(|error| error.to_string())
     }
 
     fn cancelled(&self) {}

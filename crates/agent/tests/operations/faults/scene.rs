@@ -50,6 +50,21 @@ impl Keeping {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Takes charge of an image.
+    pub fn take(&self, held: HeldImage) -> Result<(), String> {
+        let mut memory = self.memory();
+        let before = match std::mem::take(&mut *memory) {
+            Memory::Present => Vec::new(),
+            Memory::Suspended(before) => before,
+            other => {
+                *memory = other;
+                return Err("the sandbox's memory is not all its own".into());
+            }
+        };
+        *memory = Memory::Held(held, before);
+        Ok(())
+    }
+
     /// Brings the memory back and lets the sandbox run: with part of it, until `stop` says so.
     /// `runs` is called once it runs. With `keep` it is watched further.
     pub fn restore(
@@ -75,7 +90,7 @@ impl Keeping {
         self.cgroup.thaw().map_err(|error| error.to_string())?;
         runs();
         let mut spaces = revived.spaces;
-        serve(&mut spaces, stop, &mut buffers).map_err(|error| error.to_string())?;
+        serve(&spaces, stop, &mut buffers).map_err(|error| error.to_string())?;
         fill(&mut spaces, keep, &mut buffers).map_err(|error| error.to_string())?;
         if spaces.is_empty() {
             *self.memory() = Memory::Present;
@@ -86,37 +101,30 @@ impl Keeping {
 
 /// Answers faults until `stop` says so.
 pub fn serve(
-    spaces: &mut Vec<Arc<AddressSpace>>,
+    spaces: &[Arc<AddressSpace>],
     stop: &AtomicBool,
     buffers: &mut RestoreBuffers,
 ) -> Result<(), RestoreError> {
+    let mut watched = Vec::with_capacity(spaces.len());
+    for space in spaces {
+        let fd = space.with_descriptor(|fd| fd.try_clone_to_owned());
+        watched.push((space, fd.map_err(RestoreError::Events)?));
+    }
     while !stop.load(Ordering::Acquire) {
         // As the keeper waits, but in a call that is not among the steps.
-        let mut ready = Vec::with_capacity(spaces.len());
-        for space in spaces.iter() {
-            let fd = space.with_descriptor(|fd| fd.try_clone_to_owned());
-            ready.push(fd.map_err(RestoreError::Events)?);
-        }
-        let mut polled: Vec<_> =
-            ready.iter().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
-        let _ = poll(&mut polled, 1u8);
-        let is_ready: Vec<bool> = polled.iter().map(|fd| fd.any().unwrap_or(true)).collect();
-        let mut result = Ok(());
-        let mut is_ready = is_ready.into_iter();
-        spaces.retain(|space| {
-            if !is_ready.next().unwrap_or(false) {
-                return true;
-            }
+        let mut ready: Vec<_> =
+            watched.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+        let _ = poll(&mut ready, 1u8);
+        let is_ready: Vec<bool> = ready.iter().map(|fd| fd.any().unwrap_or(true)).collect();
+        let mut gone = Vec::new();
+        for (n, (space, _)) in watched.iter().enumerate().filter(|(n, _)| is_ready[*n]) {
             match space.serve(8, buffers, &mut Served::default()) {
-                Ok(()) => true,
-                Err(error) if error.is_gone() => false,
-                Err(error) => {
-                    result = Err(error);
-                    true
-                }
+                Ok(()) => {}
+                Err(error) if error.is_gone() => gone.push(n),
+                Err(error) => return Err(error),
             }
-        });
-        result?;
+        }
+        gone.iter().rev().for_each(|n| drop(watched.remove(*n)));
     }
     Ok(())
 }
@@ -157,18 +165,7 @@ impl Holder for Keeping {
             userfaults.iter().map(|fd| fd.try_clone_to_owned()).collect();
         let userfaults = userfaults.map_err(|error| error.to_string())?;
         let held = HeldImage::open(Arc::clone(&self.view), image.extent(), userfaults);
-        let held = held.map_err(|error| error.to_string())?;
-        let mut memory = self.memory();
-        let before = match std::mem::take(&mut *memory) {
-            Memory::Present => Vec::new(),
-            Memory::Suspended(before) => before,
-            other => {
-                *memory = other;
-                return Err("the sandbox's memory is not all its own".into());
-            }
-        };
-        *memory = Memory::Held(held, before);
-        Ok(())
+        self.take(held.map_err(|error| error.to_string())?)
     }
 
     fn release(&self) {
