@@ -168,9 +168,12 @@ impl ProcessPlan {
         }
         // The flags take as long as all the rest.
         let (flagged, scanned) = std::thread::scope(|scope| {
-            let flagged = scope.spawn(|| Mappings::read_with_flags(pid));
+            let flagged =
+                std::thread::Builder::new().spawn_scoped(scope, || Mappings::read_with_flags(pid));
             let scanned = scan(pid, &all, space);
-            let flagged = flagged.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let flagged = flagged.and_then(|thread| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            });
             (flagged, scanned)
         });
         let (flagged, scanned) = (flagged.map_err(look)?, scanned.map_err(look)?);
