@@ -27,6 +27,13 @@ const SERVERS: usize = 2;
 /// from it then is something new, and new things come in company.
 const NEIGHBOURS: u64 = 8;
 
+/// After so many faults in one restore twice as many neighbours come with each: the request does
+/// something new.
+const SURPRISES: u64 = 32;
+
+/// At most so many.
+const MOST_NEIGHBOURS: u64 = 64;
+
 /// Pages filled in at a time, after which a fault gets its turn.
 const FILL_PAGES: u64 = 64;
 
@@ -44,8 +51,8 @@ pub(crate) struct Returning {
     processes: usize,
     /// The address spaces while somebody else has them, in the image's order.
     suspended: Mutex<Vec<Arc<AddressSpace>>>,
-    /// Pages put back with each one that a thread waits for.
-    neighbours: u64,
+    /// Whether it is being learned which pages are needed.
+    learning: bool,
     concluded: AtomicBool,
     /// No more filling: the sandbox is gone, or somebody else has its memory.
     stopped: AtomicBool,
@@ -128,8 +135,7 @@ impl Service {
             spaces: Mutex::default(),
             suspended: Mutex::default(),
             touched: Mutex::default(),
-            // Alone as long as it is being learned which pages are needed.
-            neighbours: if prefetch.is_empty() { 1 } else { NEIGHBOURS },
+            learning: prefetch.is_empty(),
             prefetch,
             processes: revived.spaces.len(),
             concluded: false.into(),
@@ -251,6 +257,16 @@ impl Returning {
         self.number
     }
 
+    /// Pages put back with each one that a thread waits for: none while it is being learned which
+    /// pages are needed.
+    fn neighbours(&self) -> u64 {
+        if self.learning {
+            return 1;
+        }
+        let doublings = self.faults.load(Ordering::Relaxed) / SURPRISES;
+        MOST_NEIGHBOURS.min(NEIGHBOURS << doublings.min(8))
+    }
+
     /// How long ago the restore was.
     pub(crate) fn age(&self) -> Duration {
         self.since.elapsed()
@@ -366,7 +382,7 @@ impl Shared {
                 let found = lock(&self.watched).get(&key).cloned();
                 let Some((space, memory)) = found else { continue };
                 let mut served = Served::default();
-                let result = space.serve(memory.neighbours, &mut buffers, &mut served);
+                let result = space.serve(memory.neighbours(), &mut buffers, &mut served);
                 self.settle(&memory, &space, served, result, key);
             }
         }
