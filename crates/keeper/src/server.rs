@@ -42,6 +42,8 @@ pub fn run(config: &KeeperConfig) -> io::Result<()> {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     guard()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        // What a request has to pass through is short, and does not wait behind other requests.
+        .on_thread_start(medes_memory::priority::raise_this_thread)
         .worker_threads(2)
         .thread_name("keeper")
         .enable_all()
@@ -241,7 +243,9 @@ impl Shared {
                     // The request can be on its way already.
                     let _ = tell.send(restored);
                     if runs {
+                        medes_memory::priority::level_this_thread();
                         held.prefetch(buffers);
+                        medes_memory::priority::raise_this_thread();
                     }
                     Ok(())
                 });

@@ -9,6 +9,14 @@ pub fn raise_this_thread() {
     }
 }
 
+/// Gives the calling thread the ordinary priority again (nice 0).
+pub fn level_this_thread() {
+    // SAFETY: as below.
+    unsafe {
+        libc::setpriority(libc::PRIO_PROCESS, 0, 0);
+    }
+}
+
 /// Makes the calling thread yield to every thread of ordinary priority (nice 10), for work that
 /// nobody waits for. Best effort; threads that it starts inherit it.
 pub fn lower_this_thread() {
