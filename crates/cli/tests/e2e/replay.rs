@@ -53,7 +53,8 @@ fn what_is_replayed_is_recorded_and_simulated_alike() {
 
     let text = std::fs::read_to_string(&run).unwrap();
     assert_eq!(text.lines().count(), 41);
-    assert!(text.lines().nth(1).unwrap().starts_with("0,0,"), "{text}");
+    // In the order in which they were answered.
+    assert!(text.lines().any(|line| line.starts_with("0,0,")), "{text}");
     // All were played: there is nothing to go on with. Without the end, there is.
     assert!(play(&["--resume"]).is_empty());
     let cut: String = text.lines().take(39).map(|line| format!("{line}\n")).collect();
