@@ -168,7 +168,7 @@ impl Testbed {
     /// # Errors
     /// If it is lost.
     pub fn restore(&self, sandbox: SandboxId) -> Result<RestoreReport> {
-        Ok(self.runtime.block_on(self.node().restore(sandbox))?)
+        Ok(self.runtime.block_on(self.node().restore(sandbox, true))?)
     }
 
     /// Ends a sandbox.

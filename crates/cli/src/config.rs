@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use medes_controller::PartialRestore;
 use medes_core::Tenant;
 use medes_policy::{PolicyName, PolicySettings};
 use serde::{Deserialize, Serialize};
@@ -163,6 +164,8 @@ pub struct Dedup {
     pub base_threshold: u32,
     /// Groups of tenants that may use each other's base pages.
     pub joined_tenants: Vec<Vec<Tenant>>,
+    /// When pages that nobody touches after a restore stay deduplicated.
+    pub partial_restore: PartialRestore,
     /// Threads that one dedup operation uses.
     pub workers: u32,
 }
@@ -174,6 +177,7 @@ impl Default for Dedup {
             chunk_size: 64,
             base_threshold: 40,
             joined_tenants: Vec::new(),
+            partial_restore: PartialRestore::default(),
             workers: 1,
         }
     }
@@ -333,6 +337,11 @@ const COMMENTS: &[(&str, &[(&str, &str)])] = &[
             (
                 "joined_tenants",
                 "Groups of tenants that may use each other's base pages: [[\"a\", \"b\"], ...].",
+            ),
+            (
+                "partial_restore",
+                "Pages that nobody touches after a restore stay deduplicated: \"pressure\" (while memory \
+                 is short), \"always\" or \"never\".",
             ),
             ("workers", "Threads that one dedup operation uses."),
         ],

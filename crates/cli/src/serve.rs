@@ -185,6 +185,7 @@ fn controller_config(config: &Config) -> ControllerConfig {
         policy: config.policy_settings(),
         max_dedups: lifecycle.max_dedups,
         base_threshold: config.dedup.base_threshold,
+        partial_restore: config.dedup.partial_restore,
         joined_tenants: config.dedup.joined_tenants.clone(),
         max_sandboxes: limits.max_sandboxes,
         max_sandboxes_per_function: limits.max_sandboxes_per_function,

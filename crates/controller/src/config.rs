@@ -20,6 +20,8 @@ pub struct ControllerConfig {
     pub max_dedups: u32,
     /// After an attempt that failed for a passing reason: how long until the next.
     pub dedup_retry_ms: u64,
+    /// Whether a restored sandbox stays partly deduplicated.
+    pub partial_restore: PartialRestore,
     /// Dedup sandboxes per base snapshot before a function gets another (the paper's T).
     pub base_threshold: u32,
     /// Sandboxes of all functions at once.
@@ -51,6 +53,21 @@ pub struct ControllerConfig {
     pub layers: BTreeMap<String, PathBuf>,
 }
 
+/// When the pages that nobody touches after a restore stay deduplicated while the sandbox serves
+/// requests. It saves their memory; each that is touched after all makes its request wait a little.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PartialRestore {
+    /// When memory is short at the time of the restore: within the policy's headroom of the
+    /// budget.
+    #[default]
+    Pressure,
+    /// Always.
+    Always,
+    /// Never: all are brought back in the background.
+    Never,
+}
+
 impl Default for ControllerConfig {
     fn default() -> Self {
         Self {
@@ -58,6 +75,7 @@ impl Default for ControllerConfig {
             policy: PolicySettings::default(),
             max_dedups: 1,
             dedup_retry_ms: 60_000,
+            partial_restore: PartialRestore::default(),
             base_threshold: DEFAULT_BASE_THRESHOLD,
             max_sandboxes: 0,
             max_sandboxes_per_function: 1000,

@@ -89,6 +89,7 @@ struct State {
     bases: u64,
     violations: Vec<String>,
     forgotten: Vec<FunctionId>,
+    filled: Vec<bool>,
     logs: BTreeMap<String, String>,
 }
 
@@ -117,6 +118,12 @@ impl FakeNode {
     #[must_use]
     pub fn violations(&self) -> Vec<String> {
         self.state.lock().violations.clone()
+    }
+
+    /// Of each restore so far, whether all memory was to come back.
+    #[must_use]
+    pub fn filled(&self) -> Vec<bool> {
+        self.state.lock().filled.clone()
     }
 
     /// How many sandboxes there are.
@@ -355,7 +362,12 @@ impl NodeApi for FakeNode {
         }
     }
 
-    async fn restore(&self, sandbox: SandboxId) -> Result<RestoreReport, RestoreFailure> {
+    async fn restore(
+        &self,
+        sandbox: SandboxId,
+        fill: bool,
+    ) -> Result<RestoreReport, RestoreFailure> {
+        self.state.lock().filled.push(fill);
         let gone = || RestoreFailure("it is gone".into());
         self.enter(sandbox, Phase::Dedup, Phase::Restoring).ok_or_else(gone)?;
         sleep(Duration::from_millis(self.behaviour().restore_ms)).await;

@@ -73,7 +73,7 @@ impl<N: NodeApi> Controller<N> {
         // A task of its own, for its end has to be noted whatever becomes of the caller.
         let task = tokio::spawn(async move {
             let result = inner
-                .guarded(move |inner| async move { inner.node.restore(sandbox).await })
+                .guarded(move |inner| async move { inner.restore_now(sandbox).await })
                 .await
                 .unwrap_or_else(|| Err(RestoreFailure("the node failed".into())));
             inner.change(|t, now| match &result {

@@ -200,10 +200,19 @@ impl<N: NodeApi> Inner<N> {
         }
     }
 
+    /// Has the node restore a sandbox, whole or partly.
+    pub(crate) async fn restore_now(
+        self: &Arc<Self>,
+        sandbox: SandboxId,
+    ) -> Result<RestoreReport, RestoreFailure> {
+        let fill = self.with(|t, _| t.restores_all());
+        self.node.restore(sandbox, fill).await
+    }
+
     /// Restores a sandbox for a request; `None` if that request needs another one.
     async fn restore(self: &Arc<Self>, sandbox: SandboxId) -> Option<RestoreReport> {
         let result = self
-            .guarded(move |inner| async move { inner.node.restore(sandbox).await })
+            .guarded(move |inner| async move { inner.restore_now(sandbox).await })
             .await
             .unwrap_or_else(|| Err(RestoreFailure("the node failed".into())));
         match result {

@@ -27,7 +27,7 @@ mod tests;
 mod view;
 
 pub use code::{CodeError, CodeSource};
-pub use config::ControllerConfig;
+pub use config::{ControllerConfig, PartialRestore};
 pub use controller::Controller;
 pub use document::error_type;
 pub use error::{DeployError, HandError, InvokeError, StoreError};

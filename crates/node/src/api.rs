@@ -223,10 +223,12 @@ pub trait NodeApi: Send + Sync + 'static {
     /// whether it did ([`DedupFailure::Cancelled`]) or had passed the point of no return.
     fn cancel_dedup(&self, sandbox: SandboxId);
 
-    /// Brings a dedup sandbox back to warm.
+    /// Brings a dedup sandbox back to warm. What it does not touch follows in the background, or,
+    /// without `fill`, stays deduplicated.
     fn restore(
         &self,
         sandbox: SandboxId,
+        fill: bool,
     ) -> impl Future<Output = Result<RestoreReport, RestoreFailure>> + Send;
 
     /// Ends a sandbox in whatever state it is, and frees all that it holds.

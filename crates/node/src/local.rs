@@ -265,8 +265,12 @@ impl NodeApi for Node {
         }
     }
 
-    async fn restore(&self, sandbox: SandboxId) -> Result<RestoreReport, RestoreFailure> {
-        self.shared.restore(sandbox).await
+    async fn restore(
+        &self,
+        sandbox: SandboxId,
+        fill: bool,
+    ) -> Result<RestoreReport, RestoreFailure> {
+        self.shared.restore(sandbox, fill).await
     }
 
     async fn purge(&self, sandbox: SandboxId) {

@@ -146,11 +146,11 @@ impl Shared {
     pub(crate) async fn restore(
         &self,
         sandbox: SandboxId,
+        fill: bool,
     ) -> Result<RestoreReport, RestoreFailure> {
         let begin = Instant::now();
         let entry = self.table.get(sandbox);
         let entry = entry.ok_or_else(|| RestoreFailure("the sandbox is gone".into()))?;
-        let fill = true;
         let failure = match self.keeper().call(Command::Restore { sandbox, fill }).await {
             Ok(Reply::Restored(done)) => {
                 if let Some(dedup) = entry.dedup.lock().as_mut() {

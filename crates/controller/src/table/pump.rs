@@ -6,6 +6,7 @@ use medes_core::{FunctionId, FunctionName, SandboxId, StartKind};
 use medes_policy::{DEDUP_FREES_PERCENT, Need, choose};
 
 use super::{Effect, Entry, Grant, Phase, Starting, Table, UNKNOWN_WARM_BYTES, Version, Waiter};
+use crate::config::PartialRestore;
 use crate::error::HandError;
 use crate::store::Deployed;
 
@@ -242,6 +243,20 @@ impl Table {
         let coming = self.coming();
         if excess > coming {
             self.evict(now_ms, Need::Bytes(excess - coming));
+        }
+    }
+
+    /// Whether a sandbox that is restored now gets all its memory back, and not only what it
+    /// touches.
+    pub(crate) fn restores_all(&self) -> bool {
+        match self.config.partial_restore {
+            PartialRestore::Always => false,
+            PartialRestore::Never => true,
+            PartialRestore::Pressure => {
+                let pressure = self.pressure();
+                let headroom = pressure.budget / 100 * u64::from(self.settings.headroom_percent);
+                pressure.excess(headroom) == 0
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use medes_core::{FunctionId, SandboxId, SandboxState, StartKind};
 use medes_node::{Inheritance, InheritedSandbox, NodeApi};
 use tokio::time::sleep;
 
+use crate::config::PartialRestore;
 use crate::error::HandError;
 use crate::fake::FakeNode;
 use crate::table::Table;
@@ -161,6 +162,32 @@ async fn memory_pressure_dedups_first_and_then_purges() {
     let r = rig.invoke("a", "1").await.unwrap();
     assert_eq!(r.start, StartKind::Dedup);
     rig.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_touches_stays_away_while_memory_is_short() {
+    use PartialRestore::{Always, Never, Pressure};
+    let plenty = 1 << 40;
+    // One warm sandbox of 20 MiB in 21 leaves less than the headroom.
+    let short = 21 << 20;
+    for (partial_restore, budget, fills) in [
+        (Pressure, plenty, true),
+        (Pressure, short, false),
+        (Always, plenty, false),
+        (Never, short, true),
+    ] {
+        let rig = Rig::new(|c| {
+            c.policy = periods(1_000, 600_000, 600_000);
+            c.partial_restore = partial_restore;
+        });
+        rig.node.behave(|b| b.budget = budget);
+        rig.deploy_with("a", |d| d.memory_mib = 32).await;
+        rig.invoke("a", "1").await.unwrap();
+        sleep(ms(5_000)).await;
+        assert_eq!(rig.invoke("a", "1").await.unwrap().start, StartKind::Dedup);
+        assert_eq!(rig.node.filled(), [fills], "{partial_restore:?} {budget}");
+        rig.end().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
