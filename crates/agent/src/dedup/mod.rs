@@ -335,7 +335,8 @@ impl Operation<'_> {
         let mut pids = standing.freezer.processes().map_err(Hindrance::Freeze)?;
         pids.sort_unstable();
         Plan::check(&pids).map_err(Hindrance::Plan)?;
-        standing.prepare(&pids)?;
+        self.check_cancelled()?;
+        standing.prepare(&pids, self.cancel)?;
         let old = previous.map(|previous| &previous.image);
         let mut userfaults = std::mem::take(&mut standing.userfaults);
         let fresh = standing.fresh;

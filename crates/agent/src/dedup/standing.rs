@@ -81,9 +81,15 @@ impl<'a, F: Freezer> Standing<'a, F> {
 
     /// Stops the processes once and makes what is left to be done in them: a userfaultfd for each,
     /// if there is none yet. They stay frozen, and thawing is all that it takes from here on.
-    pub(super) fn prepare(&mut self, pids: &[i32]) -> Result<(), DedupError> {
+    pub(super) fn prepare(&mut self, pids: &[i32], cancel: &Cancel) -> Result<(), DedupError> {
         let mut session = Session::open(&mut self.freezer, &SeizeOptions::default())
             .map_err(Hindrance::Session)?;
+        if cancel.is_requested() {
+            let resumed = session.resume();
+            self.phase = if resumed.is_ok() { Phase::Runs } else { Phase::Frozen };
+            resumed.map_err(Hindrance::Session)?;
+            return Err(DedupError::Cancelled);
+        }
         let mut result = Ok(());
         if self.fresh {
             let options = UserFaultOptions {
@@ -105,7 +111,7 @@ impl<'a, F: Freezer> Standing<'a, F> {
         result
     }
 
-    /// Runs `work` on another thread. If somebody cancels meanwhile, the sandbox runs again at
+    /// Runs `work` on another thread, of low priority. If somebody cancels meanwhile, the sandbox runs again at
     /// once, however long the work takes to notice.
     pub(super) fn watch<T: Send>(
         &mut self,
@@ -116,6 +122,8 @@ impl<'a, F: Freezer> Standing<'a, F> {
         std::thread::scope(|scope| {
             let working = std::thread::Builder::new().spawn_scoped(scope, || {
                 let _done = Done(&done, cancel);
+                // Requests to other sandboxes come first, and so does taking this one back.
+                medes_memory::priority::lower_this_thread();
                 work()
             });
             let working = working.map_err(Hindrance::Thread)?;

@@ -34,6 +34,9 @@ const REQUESTS: [u32; 2] = [6, 4];
 /// How long after its beginning a dedup operation is cancelled, milliseconds.
 const CANCEL_AFTER: [u64; 5] = [2, 5, 10, 15, 20];
 
+/// How long after an operation that was cancelled the next one begins.
+const BETWEEN_CANCELS: Duration = Duration::from_millis(100);
+
 /// Sandboxes of each function that are deduplicated, each twice.
 const OPERATIONS: usize = 3;
 
@@ -232,6 +235,8 @@ fn operate(
     testbed.dedup(base, true)?;
     let mut cancels = Vec::new();
     for after in CANCEL_AFTER.map(Duration::from_millis) {
+        // The one before has put its things away.
+        std::thread::sleep(BETWEEN_CANCELS);
         match testbed.cancel_dedup(subject, after)? {
             Some(time) => cancels.push(time),
             None => {
