@@ -4,7 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use medes_memory::PAGE_SIZE;
-use medes_memory::mappings::{Mapping, Mappings};
+use medes_memory::mappings::{Mapping, Mappings, stopped};
 use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_mapping_obstacles, find_obstacles};
 use medes_memory::pages::{PageClass, PageRun, PageScanner};
 use medes_memory::ranges::{overlap, without};
@@ -100,6 +100,9 @@ pub enum PlanError {
     OtherProcesses,
 }
 
+/// Whether to give up.
+pub type Stop<'a> = &'a (dyn Fn() -> bool + Sync);
+
 impl Plan {
     /// Looks for what makes processes unfit as a whole. Nothing of them is changed.
     ///
@@ -118,18 +121,23 @@ impl Plan {
 
     /// Looks at the memory of frozen processes. Nothing is changed. `spaces` says, of processes that were
     /// restored from an image and have been watched since, what of it is still theirs: one for
-    /// each, by process id.
+    /// each, by process id. `stop` is asked again and again whether to give up.
     ///
     /// # Errors
     /// [`PlanError`]: the first thing that stands in the way.
-    pub fn of(pids: &[i32], spaces: Option<&[SpaceView]>) -> Result<Self, PlanError> {
+    pub fn of(
+        pids: &[i32],
+        spaces: Option<&[SpaceView]>,
+        stop: Stop<'_>,
+    ) -> Result<Self, PlanError> {
         let mut pids = pids.to_vec();
         pids.sort_unstable();
         if spaces.is_some_and(|spaces| spaces.len() != pids.len()) {
             return Err(PlanError::OtherProcesses);
         }
         let space = |n: usize| spaces.and_then(|spaces| spaces.get(n));
-        let processes = pids.iter().enumerate().map(|(n, pid)| ProcessPlan::of(*pid, space(n)));
+        let processes =
+            pids.iter().enumerate().map(|(n, pid)| ProcessPlan::of(*pid, space(n), stop));
         let processes = processes.collect::<Result<Vec<_>, _>>()?;
         if processes.is_empty() { Err(PlanError::Nothing) } else { Ok(Self { processes }) }
     }
@@ -160,7 +168,7 @@ impl Plan {
 }
 
 impl ProcessPlan {
-    fn of(pid: i32, space: Option<&SpaceView>) -> Result<Self, PlanError> {
+    fn of(pid: i32, space: Option<&SpaceView>, stop: Stop<'_>) -> Result<Self, PlanError> {
         let look = |source| PlanError::Look { pid, source };
         let all = Mappings::read(pid).map_err(look)?;
         if let Some(first) = find_mapping_obstacles(pid, &all).into_iter().next() {
@@ -168,9 +176,9 @@ impl ProcessPlan {
         }
         // The flags take as long as all the rest.
         let (flagged, scanned) = std::thread::scope(|scope| {
-            let flagged =
-                std::thread::Builder::new().spawn_scoped(scope, || Mappings::read_with_flags(pid));
-            let scanned = scan(pid, &all, space);
+            let flagged = std::thread::Builder::new()
+                .spawn_scoped(scope, || Mappings::read_with_flags(pid, stop));
+            let scanned = scan(pid, &all, space, stop);
             let flagged = flagged.and_then(|thread| {
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             });
@@ -211,10 +219,18 @@ struct Scanned {
 
 /// Looks at the pages of all mappings that may be droppable, in order; those that have none are
 /// left out.
-fn scan(pid: i32, all: &[Mapping], space: Option<&SpaceView>) -> io::Result<Vec<Scanned>> {
+fn scan(
+    pid: i32,
+    all: &[Mapping],
+    space: Option<&SpaceView>,
+    stop: Stop<'_>,
+) -> io::Result<Vec<Scanned>> {
     let mut scanner = PageScanner::open(pid)?;
     let mut scanned = Vec::new();
     for mapping in all.iter().filter(|m| m.left_resident().is_none()) {
+        if stop() {
+            return Err(stopped());
+        }
         let mut runs = Vec::new();
         scanner.scan(mapping, &mut runs)?;
         let known = match space {

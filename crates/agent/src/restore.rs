@@ -58,6 +58,8 @@ pub struct HeldImage {
     view: Arc<View>,
     image: Extent,
     userfaults: Vec<OwnedFd>,
+    /// For each process what the image has, but is where it was.
+    left: Vec<Vec<Range<u64>>>,
 }
 
 impl HeldImage {
@@ -76,7 +78,19 @@ impl HeldImage {
         if descriptors != processes {
             return Err(RestoreError::Descriptors { descriptors, processes });
         }
-        Ok(Self { view, image, userfaults })
+        Ok(Self { view, image, userfaults, left: Vec::new() })
+    }
+
+    /// Notes what was not dropped after all, for each process: it lacks nothing, and is neither
+    /// watched nor of the image from here on.
+    pub fn leave(&mut self, ranges: Vec<Vec<Range<u64>>>) {
+        self.left = ranges;
+    }
+
+    /// Whether some of the memory is where it was ([`HeldImage::leave`]).
+    #[must_use]
+    pub fn is_partly_there(&self) -> bool {
+        self.left.iter().any(|ranges| !ranges.is_empty())
     }
 
     /// Where the image lies.
@@ -110,6 +124,9 @@ impl HeldImage {
             let registered: Vec<Range<u64>> =
                 table.registered.iter().map(|(start, length)| *start..start + length).collect();
             let mut view = AddressView::new(&registered);
+            for range in self.left.get(process).into_iter().flatten() {
+                view.forget(range.clone());
+            }
             let features = match index.table().tracks_writes {
                 true => UserFaultFeatures::EVENTS.union(UserFaultFeatures::TRACK_WRITES),
                 false => UserFaultFeatures::EVENTS,

@@ -78,6 +78,16 @@ impl Prefetch {
         Self { early: ranges.iter().map(of_process).collect(), ..Self::default() }
     }
 
+    /// Has everything put back while the sandbox runs.
+    #[must_use]
+    pub fn postponed(mut self) -> Self {
+        let early = std::mem::take(&mut self.early).into_iter().enumerate();
+        let early =
+            early.flat_map(|(process, ranges)| ranges.into_iter().map(move |r| (process, r)));
+        self.late.splice(..0, early);
+        self
+    }
+
     /// Whether nothing is put back beforehand.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -239,6 +249,18 @@ mod tests {
         assert!(ranges[0].is_empty());
         let covered: u64 = ranges[1].iter().map(|r| r.range.end - r.range.start).sum();
         assert!(covered >= 60 * PAGE && ranges[1].len() <= 5, "{ranges:x?}");
+    }
+
+    #[test]
+    fn what_is_postponed_comes_before_the_rest() {
+        let mut set = WorkingSet::default();
+        let addresses: Vec<u64> = (0..1000).map(|n| 0x40_0000 + n * PAGE).collect();
+        set.touched(0, &addresses);
+        let prefetch = set.prefetch();
+        let expected = all(&prefetch);
+        let postponed = prefetch.postponed();
+        assert!(postponed.early.is_empty() && !postponed.is_empty());
+        assert_eq!(all(&postponed), expected);
     }
 
     #[test]

@@ -130,6 +130,12 @@ impl Holder for Holding<'_> {
         self.held.lock().take();
     }
 
+    fn left(&self, ranges: &[Vec<Range<u64>>]) -> Result<(), String> {
+        let mut held = self.held.lock();
+        held.as_mut().ok_or("nothing is held")?.image.leave(ranges.to_vec());
+        Ok(())
+    }
+
     fn put_back(&self) -> Result<(), String> {
         let held = self.held.lock().take().ok_or("nothing is held")?;
         held.bring_back(self.cells, || {}).map(drop)
@@ -142,8 +148,6 @@ impl Holder for Holding<'_> {
     fn resume(&self) -> Result<(), String> {
         Ok(())
     }
-
-    fn cancelled(&self) {}
 }
 
 /// Milliseconds since 1970.

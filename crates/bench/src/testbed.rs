@@ -43,6 +43,17 @@ pub struct Testbed {
     _directory: TempDir,
 }
 
+/// How a sandbox came back that was wanted while it was being deduplicated; it runs.
+#[derive(Clone, Copy, Debug)]
+pub enum TakenBack {
+    /// As if nothing had happened, after this long.
+    AsItWas(Duration),
+    /// Pages had been dropped already: the rest was left alone, and it was restored, in this time.
+    Restored(Duration),
+    /// The operation was over by then, and it was restored.
+    Over,
+}
+
 impl Testbed {
     /// Starts a node. It deduplicates on one core.
     ///
@@ -140,24 +151,27 @@ impl Testbed {
         self.runtime.block_on(self.node().dedup(sandbox, new_base))
     }
 
-    /// Begins to deduplicate a sandbox and takes it back after `after`: how long that took, or
-    /// `None` if the operation was over before, which leaves the sandbox in the dedup state.
+    /// Begins to deduplicate a sandbox and takes it back after `after`.
     ///
     /// # Errors
     /// If the operation fails otherwise.
-    pub fn cancel_dedup(&self, sandbox: SandboxId, after: Duration) -> Result<Option<Duration>> {
+    pub fn cancel_dedup(&self, sandbox: SandboxId, after: Duration) -> Result<TakenBack> {
         let node = self.node();
         self.runtime.block_on(async {
             let mut operation = std::pin::pin!(node.dedup(sandbox, false));
             if let Ok(done) = tokio::time::timeout(after, &mut operation).await {
                 done?;
-                return Ok(None);
+                node.restore(sandbox, true).await?;
+                return Ok(TakenBack::Over);
             }
             let asked = std::time::Instant::now();
             node.cancel_dedup(sandbox);
             match operation.await {
-                Err(DedupFailure::Cancelled) => Ok(Some(asked.elapsed())),
-                Ok(_) => Ok(None),
+                Err(DedupFailure::Cancelled) => Ok(TakenBack::AsItWas(asked.elapsed())),
+                Ok(_) => {
+                    node.restore(sandbox, true).await?;
+                    Ok(TakenBack::Restored(asked.elapsed()))
+                }
                 Err(error) => Err(error.into()),
             }
         })

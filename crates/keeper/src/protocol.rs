@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Changed whenever the messages change: a daemon does not talk to a keeper of another version.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The longest frame, bytes: a request's payload and its head.
 const MAX_FRAME: u32 = 16 * 1024 * 1024;
@@ -84,6 +84,13 @@ pub enum Command {
     Release {
         /// The sandbox.
         sandbox: SandboxId,
+    },
+    /// Some of the memory has not been dropped after all, and is not watched.
+    Left {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// For each process of the image, in order: which ranges.
+        ranges: Vec<Vec<Range<u64>>>,
     },
     /// Let a dedup sandbox run again, and bring its memory back as it is touched.
     Restore {

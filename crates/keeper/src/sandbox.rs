@@ -423,6 +423,23 @@ impl Held {
         Ok(())
     }
 
+    /// Notes what of a held image's memory has not been dropped.
+    pub(crate) fn leave(
+        &self,
+        caller: &Caller,
+        ranges: Vec<Vec<Range<u64>>>,
+    ) -> Result<(), String> {
+        let mut state = self.lock();
+        caller.check()?;
+        match &mut state.memory {
+            Memory::Held(image, _) => {
+                image.leave(ranges);
+                Ok(())
+            }
+            _ => Err("the sandbox's memory is not held".into()),
+        }
+    }
+
     /// Stops serving the memory of the sandbox, which must be frozen, and says what of its image is
     /// still its own, process by process. Blocks.
     pub(crate) fn suspend(
@@ -502,8 +519,12 @@ impl Held {
         buffers: &mut RestoreBuffers,
         start: Instant,
     ) -> Result<(Arc<Returning>, Restored), String> {
-        let prefetch =
+        let mut prefetch =
             lock(&self.common.working_sets).entry(self.working_set).or_default().prefetch();
+        if image.is_partly_there() {
+            // A request took the sandbox back while it was going, and waits.
+            prefetch = prefetch.postponed();
+        }
         let revived = image.revive(&prefetch, buffers).map_err(|e| e.to_string())?;
         let pages = revived.pages;
         let (id, cgroup) = (self.id, self.running.cgroup().clone());

@@ -234,6 +234,9 @@ impl Shared {
             Command::Release { sandbox } => {
                 done(self.find(sandbox).and_then(|held| held.release(caller)))
             }
+            Command::Left { sandbox, ranges } => {
+                done(self.find(sandbox).and_then(|held| held.leave(caller, ranges)))
+            }
             Command::Restore { sandbox, fill } => {
                 let caller = Arc::clone(caller);
                 let (tell, told) = oneshot::channel();

@@ -5,7 +5,7 @@
 //! drops memory needs the flags: nothing else tells of memory that is wiped in forked children.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::ops::Range;
 
 use crate::sys::{PAGE_SIZE, status_field};
@@ -211,18 +211,41 @@ impl Mappings {
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
         let locked = status_field(&status, "VmLck").is_some_and(|size| !size.starts_with("0 "));
         if locked || mappings.iter().any(|mapping| is_device_name(&mapping.name)) {
-            return Self::read_with_flags(pid);
+            return Self::read_with_flags(pid, &|| false);
         }
         Ok(mappings)
     }
 
-    /// Like [`Mappings::read`], always with kernel flags.
+    /// Like [`Mappings::read`], always with kernel flags. That takes several microseconds a
+    /// mapping; `stop` is asked every few of them whether to give up.
     ///
     /// # Errors
-    /// As for [`Mappings::read`].
-    pub fn read_with_flags(pid: i32) -> io::Result<Vec<Mapping>> {
-        parse(&fs::read_to_string(format!("/proc/{pid}/smaps"))?)
+    /// As for [`Mappings::read`]; [`stopped`].
+    pub fn read_with_flags(pid: i32, stop: &(dyn Fn() -> bool + Sync)) -> io::Result<Vec<Mapping>> {
+        let mut file = fs::File::open(format!("/proc/{pid}/smaps"))?;
+        let (mut text, mut buffer) = (Vec::with_capacity(SMAPS), [0; 4096]);
+        loop {
+            match file.read(&mut buffer)? {
+                0 => break,
+                // The kernel hands out a page of text at a time, whole lines.
+                length => text.extend_from_slice(&buffer[..length]),
+            }
+            if stop() {
+                return Err(stopped());
+            }
+        }
+        let text = std::str::from_utf8(&text);
+        parse(text.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?)
     }
+}
+
+/// The text of a few hundred mappings with their flags, bytes.
+const SMAPS: usize = 256 << 10;
+
+/// Somebody had it stop.
+#[must_use]
+pub fn stopped() -> io::Error {
+    io::Error::new(io::ErrorKind::Interrupted, "stopped")
 }
 
 /// Parses `maps` or `smaps`.
@@ -337,7 +360,7 @@ VmFlags: rd wr mr mw me lo ac um
     fn own_mappings_agree_with_and_without_flags() {
         let pid = std::process::id() as i32;
         let plain = Mappings::read(pid).unwrap();
-        let flagged = Mappings::read_with_flags(pid).unwrap();
+        let flagged = Mappings::read_with_flags(pid, &|| false).unwrap();
         let code = reads_every_kind as fn() as usize as u64;
         for list in [plain, flagged] {
             let mapping = list.iter().find(|mapping| mapping.contains(code)).unwrap();

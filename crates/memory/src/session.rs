@@ -12,6 +12,9 @@ use crate::drop::{self, DropError, Dropped};
 use crate::tracee::{InjectError, SeizeError, SeizeOptions, SeizedProcess, ThreadGroup};
 use crate::userfault::{CreateError, RegisterError, RegisterMode, UserFault, UserFaultOptions};
 
+/// Thaws a group of processes, from whatever thread.
+pub type Thaw = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
 /// A group of processes that can be frozen: a cgroup, in practice.
 pub trait Freezer {
     /// Freezes the group and waits until it is frozen. Nothing happens if it is.
@@ -31,6 +34,11 @@ pub trait Freezer {
     /// # Errors
     /// If they cannot be listed.
     fn processes(&mut self) -> io::Result<Vec<i32>>;
+
+    /// What [`Freezer::thaw`] does, for somebody else to do; `None` if nobody else can.
+    fn thawer(&self) -> Option<Thaw> {
+        None
+    }
 }
 
 impl<F: Freezer + ?Sized> Freezer for &mut F {
@@ -44,6 +52,10 @@ impl<F: Freezer + ?Sized> Freezer for &mut F {
 
     fn processes(&mut self) -> io::Result<Vec<i32>> {
         (**self).processes()
+    }
+
+    fn thawer(&self) -> Option<Thaw> {
+        (**self).thawer()
     }
 }
 

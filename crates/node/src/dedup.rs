@@ -7,13 +7,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use medes_agent::dedup::{DedupError, Hindrance, Holder, Operation, Options, Previous, Subject};
+use medes_agent::dedup::{
+    Cancel, DedupError, Hindrance, Holder, Operation, Options, Previous, Subject,
+};
 use medes_agent::index::ImageIndex;
 use medes_agent::view::SpaceView;
 use medes_core::{SandboxId, SnapshotId};
 use medes_keeper::protocol::{Command, Reply};
 use medes_keeper::{Keeper, KeeperError};
-use medes_memory::session::Freezer;
+use medes_memory::session::{Freezer, Thaw};
 use medes_memory::userfault::UserFault;
 use medes_registry::{Near, Scope};
 use medes_sandbox::Cgroup;
@@ -36,20 +38,16 @@ type Answer = Result<DedupReport, DedupFailure>;
 pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, new_base: bool) -> Answer {
     let (done, wait) = oneshot::channel();
     let spawned = std::thread::Builder::new().name("dedup".into()).spawn(move || {
-        let done = Mutex::new(Some(done));
-        let answer = |result| {
-            if let Some(done) = done.lock().take() {
-                *entry.cancel.lock() = Arc::default();
-                let _ = done.send(result);
-            }
-        };
-        {
-            let cancelled = || answer(Err(DedupFailure::Cancelled));
-            match my_turn(&entry) {
-                Some(_operating) => answer(operate(&shared, &entry, new_base, &cancelled)),
-                None => cancelled(),
-            }
-        }
+        let answer = Arc::new(Answering { entry: Arc::clone(&entry), done: Some(done).into() });
+        let cancel = Arc::clone(&entry.cancel.lock());
+        let early = Arc::clone(&answer);
+        cancel.when_back(move || early.give(Err(DedupFailure::Cancelled)));
+        // It runs until it is frozen.
+        cancel.arm(Box::new(|| Ok(())));
+        answer.give(match my_turn(&entry, &cancel) {
+            Some(_operating) => operate(&shared, &entry, new_base, &cancel),
+            None => Err(DedupFailure::Cancelled),
+        });
         if entry.gone.load(Ordering::SeqCst) {
             shared.drop_image(&entry);
         }
@@ -61,11 +59,26 @@ pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, new_base: bool) 
     wait.await.unwrap_or_else(|_| Err(DedupFailure::Lost("the operation panicked".into())))
 }
 
+/// Who waits for an operation's answer.
+struct Answering {
+    entry: Arc<Entry>,
+    done: Mutex<Option<oneshot::Sender<Answer>>>,
+}
+
+impl Answering {
+    /// Answers, if nobody has yet.
+    fn give(&self, answer: Answer) {
+        if let Some(done) = self.done.lock().take() {
+            *self.entry.cancel.lock() = Arc::default();
+            let _ = done.send(answer);
+        }
+    }
+}
+
 /// Waits for the operation before, which may have been cancelled and still be putting its things
 /// away; `None` if this one is cancelled too meanwhile.
-fn my_turn(entry: &Entry) -> Option<MutexGuard<'_, ()>> {
+fn my_turn<'a>(entry: &'a Entry, cancel: &Cancel) -> Option<MutexGuard<'a, ()>> {
     const LOOK_AGAIN: Duration = Duration::from_micros(500);
-    let cancel = Arc::clone(&entry.cancel.lock());
     loop {
         if let Some(turn) = entry.operating.try_lock_for(LOOK_AGAIN) {
             return Some(turn);
@@ -76,14 +89,8 @@ fn my_turn(entry: &Entry) -> Option<MutexGuard<'_, ()>> {
     }
 }
 
-fn operate(
-    shared: &Shared,
-    entry: &Entry,
-    new_base: bool,
-    cancelled: &(dyn Fn() + Sync),
-) -> Answer {
+fn operate(shared: &Shared, entry: &Entry, new_base: bool, cancel: &Cancel) -> Answer {
     let begin = Instant::now();
-    let cancel = Arc::clone(&entry.cancel.lock());
     // It may have answered a moment ago, and is on its way to its next call. That is not the time
     // to stop it: what it says to the keeper has to be said.
     let idle = shared.keeper().order_blocking(Command::Idle { sandbox: entry.id });
@@ -94,7 +101,7 @@ fn operate(
     }
     let before = shared.memory_use(entry);
     let base_before = shared.store.usage().snapshots;
-    let holder = KeeperHolds { keeper: shared.keeper(), sandbox: entry.id, cancelled };
+    let holder = KeeperHolds { keeper: shared.keeper(), sandbox: entry.id };
     let operation = Operation {
         store: &shared.store,
         registry: &shared.registry,
@@ -109,7 +116,7 @@ fn operate(
             workers: shared.config.dedup.workers,
             new_base,
         },
-        cancel: &cancel,
+        cancel,
     };
     let attempt =
         |previous: Option<&Previous>| operation.dedup(Group(&entry.cgroup), &holder, previous);
@@ -226,16 +233,20 @@ impl Freezer for Group<'_> {
     fn processes(&mut self) -> io::Result<Vec<i32>> {
         self.0.processes().map_err(io::Error::other)
     }
+
+    fn thawer(&self) -> Option<Thaw> {
+        let cgroup = self.0.clone();
+        Some(Box::new(move || cgroup.thaw().map_err(io::Error::other)))
+    }
 }
 
 /// The keeper takes hold.
-struct KeeperHolds<'a> {
+struct KeeperHolds {
     keeper: Keeper,
     sandbox: SandboxId,
-    cancelled: &'a (dyn Fn() + Sync),
 }
 
-impl KeeperHolds<'_> {
+impl KeeperHolds {
     fn order(&self, command: Command) -> Result<(), String> {
         self.keeper.order_blocking(command).map_err(|e| e.to_string())
     }
@@ -249,7 +260,7 @@ impl KeeperHolds<'_> {
     }
 }
 
-impl Holder for KeeperHolds<'_> {
+impl Holder for KeeperHolds {
     fn hold(
         &self,
         image: &ImageHandle,
@@ -271,6 +282,10 @@ impl Holder for KeeperHolds<'_> {
         }
     }
 
+    fn left(&self, ranges: &[Vec<Range<u64>>]) -> Result<(), String> {
+        self.order(Command::Left { sandbox: self.sandbox, ranges: ranges.to_vec() })
+    }
+
     fn put_back(&self) -> Result<(), String> {
         let sandbox = self.sandbox;
         match self.call(Command::Restore { sandbox, fill: false })? {
@@ -288,9 +303,5 @@ impl Holder for KeeperHolds<'_> {
 
     fn resume(&self) -> Result<(), String> {
         self.order(Command::Resume { sandbox: self.sandbox })
-    }
-
-    fn cancelled(&self) {
-        (self.cancelled)();
     }
 }

@@ -261,7 +261,9 @@ impl NodeApi for Node {
 
     fn cancel_dedup(&self, sandbox: SandboxId) {
         if let Some(entry) = self.shared.table.get(sandbox) {
-            entry.cancel.lock().request();
+            // Its answer puts another one in its place.
+            let cancel = Arc::clone(&entry.cancel.lock());
+            cancel.request();
         }
     }
 

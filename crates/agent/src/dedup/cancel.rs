@@ -1,28 +1,92 @@
 //! Taking a sandbox back from a dedup operation.
 
+use std::fmt;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use medes_memory::session::Thaw;
 use parking_lot::{Condvar, Mutex};
 
-/// Asks one dedup operation to give up, and wakes it if it waits for its workers.
-#[derive(Debug, Default)]
+/// Asks one dedup operation to give up.
+///
+/// For most of an operation thawing is all that it takes for the sandbox to run as if nothing had
+/// happened. Then whoever asks thaws it, and waits for nobody; the operation hears of it later.
+#[derive(Default)]
 pub struct Cancel {
     requested: AtomicBool,
-    lock: Mutex<()>,
+    state: Mutex<State>,
     changed: Condvar,
 }
 
+#[derive(Default)]
+struct State {
+    /// Lets the sandbox run, for as long as that is all it takes.
+    thaw: Option<Thaw>,
+    /// What came of it, when somebody else than the operation has done it.
+    thawed: Option<io::Result<()>>,
+    /// Is told that the sandbox runs.
+    tell: Option<Box<dyn FnOnce() + Send>>,
+}
+
+/// How a wait for a request ended.
+#[derive(Debug)]
+pub(super) enum Waited {
+    /// Nobody asked.
+    Done,
+    /// Somebody asked, and has the sandbox run, or tried.
+    Thawed(io::Result<()>),
+    /// Somebody asked; it is up to the operation to let the sandbox run.
+    Requested,
+}
+
 impl Cancel {
-    /// Asks for it.
+    /// Asks for it. When this returns the sandbox may run already.
     pub fn request(&self) {
         self.requested.store(true, Ordering::Release);
-        self.nudge();
+        let mut state = self.state.lock();
+        if let Some(thaw) = state.thaw.take() {
+            let thawed = thaw();
+            if thawed.is_ok() {
+                state.tell();
+            }
+            state.thawed = Some(thawed);
+        }
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// Whether it was asked for.
     #[must_use]
     pub fn is_requested(&self) -> bool {
         self.requested.load(Ordering::Acquire)
+    }
+
+    /// Has `tell` called, once, as soon as a request has the sandbox run, though the operation has
+    /// not returned yet: it has things of its own to put away. It is called on the thread of the
+    /// request or of the operation, and may not ask for anything here.
+    pub fn when_back(&self, tell: impl FnOnce() + Send + 'static) {
+        self.state.lock().tell = Some(Box::new(tell));
+    }
+
+    /// From here on a request calls `thaw` itself. Nothing happens if there was one already.
+    pub fn arm(&self, thaw: Thaw) {
+        let mut state = self.state.lock();
+        if !self.is_requested() {
+            state.thaw = Some(thaw);
+        }
+    }
+
+    /// Takes [`Cancel::arm`] back: a request waits for the operation from here on. Returns what
+    /// came of it, if there was one in between.
+    pub(super) fn disarm(&self) -> Option<io::Result<()>> {
+        let mut state = self.state.lock();
+        state.thaw = None;
+        state.thawed.take()
+    }
+
+    /// The operation has the sandbox run because of a request.
+    pub(super) fn tell(&self) {
+        self.state.lock().tell();
     }
 
     /// The request, for who looks at it often.
@@ -33,21 +97,99 @@ impl Cancel {
     /// Has [`Cancel::wait_until`] look again.
     pub(super) fn nudge(&self) {
         // Whoever waits either has not looked yet or is woken.
-        drop(self.lock.lock());
+        drop(self.state.lock());
         self.changed.notify_all();
     }
 
-    /// Waits until `done` says so or somebody cancels; returns whether somebody did.
-    pub(super) fn wait_until(&self, done: impl Fn() -> bool) -> bool {
-        let mut guard = self.lock.lock();
+    /// Waits until `done` says so or somebody asks, and takes [`Cancel::arm`] back.
+    pub(super) fn wait_until(&self, done: impl Fn() -> bool) -> Waited {
+        let mut state = self.state.lock();
         loop {
-            if self.is_requested() {
-                return true;
+            if let Some(thawed) = state.thawed.take() {
+                return Waited::Thawed(thawed);
+            }
+            if self.is_requested() && state.thaw.is_none() {
+                return Waited::Requested;
             }
             if done() {
-                return false;
+                state.thaw = None;
+                return Waited::Done;
             }
-            self.changed.wait(&mut guard);
+            self.changed.wait(&mut state);
         }
+    }
+}
+
+impl State {
+    fn tell(&mut self) {
+        if let Some(tell) = self.tell.take() {
+            tell();
+        }
+    }
+}
+
+impl fmt::Debug for Cancel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cancel").field("requested", &self.is_requested()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    fn counting(count: &Arc<AtomicUsize>) -> Thaw {
+        let count = Arc::clone(count);
+        Box::new(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        })
+    }
+
+    #[test]
+    fn a_request_thaws_by_itself_and_tells_of_it() {
+        let (cancel, thawed) = (Cancel::default(), Arc::default());
+        let told = Arc::new(AtomicBool::new(false));
+        let tell = Arc::clone(&told);
+        cancel.when_back(move || tell.store(true, Ordering::Relaxed));
+        cancel.arm(counting(&thawed));
+        assert!(!told.load(Ordering::Relaxed));
+        cancel.request();
+        assert!(told.load(Ordering::Relaxed));
+        assert!(matches!(cancel.wait_until(|| true), Waited::Thawed(Ok(()))));
+        cancel.request();
+        cancel.arm(counting(&thawed));
+        assert!(matches!(cancel.wait_until(|| false), Waited::Requested));
+        assert_eq!(thawed.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn nobody_thaws_what_was_disarmed() {
+        let (cancel, thawed) = (Cancel::default(), Arc::default());
+        let told = Arc::new(AtomicBool::new(false));
+        let tell = Arc::clone(&told);
+        cancel.when_back(move || tell.store(true, Ordering::Relaxed));
+        cancel.arm(counting(&thawed));
+        assert!(matches!(cancel.wait_until(|| true), Waited::Done));
+        cancel.arm(counting(&thawed));
+        assert!(cancel.disarm().is_none());
+        cancel.request();
+        assert!(!told.load(Ordering::Relaxed));
+        assert!(matches!(cancel.wait_until(|| false), Waited::Requested));
+        cancel.tell();
+        assert!(told.load(Ordering::Relaxed));
+        assert_eq!(thawed.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_thaw_that_fails_tells_nobody() {
+        let cancel = Cancel::default();
+        cancel.when_back(|| panic!("it does not run"));
+        cancel.arm(Box::new(|| Err(io::ErrorKind::NotFound.into())));
+        cancel.request();
+        assert!(matches!(cancel.wait_until(|| false), Waited::Thawed(Err(_))));
     }
 }

@@ -1,7 +1,6 @@
 //! The steps that touch the sandbox itself: registering its memory, checking that nobody wrote to
 //! it since it was read, dropping it.
 
-use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -18,9 +17,21 @@ use super::standing::{Phase, Standing};
 use super::{Counts, DedupError, Hindrance, Operation};
 use crate::plan::{MappingKind, MappingPlan, Plan, ProcessPlan};
 
-/// Address space that is dropped between two looks at whether a request wants the sandbox: dropping
-/// a page takes a quarter of a microsecond.
-const SLICE: u64 = 4 << 20;
+/// How long the kernel may work between two looks at whether a request wants the sandbox,
+/// nanoseconds, going by what its work usually takes.
+const STEP_NS: u64 = 300_000;
+
+/// Dropping a page, nanoseconds.
+const PAGE_NS: u64 = 500;
+
+/// Dropping a range, however few pages it has, nanoseconds: the kernel reports each.
+const RANGE_NS: u64 = 10_000;
+
+/// Putting anonymous memory in the place of a file mapping, nanoseconds.
+const REPLACE_NS: u64 = 22_000;
+
+/// Pages that are write-protected between two such looks.
+const PROTECTED_PAGES: u64 = 2048;
 
 /// What is registered of a plan's processes.
 pub(super) struct Registered {
@@ -75,19 +86,27 @@ impl Operation<'_> {
                     MappingKind::Replaced(_) => of_process.push(range),
                     MappingKind::File => {}
                     MappingKind::Anonymous if userfault.covers(&range) => of_process.push(range),
-                    MappingKind::Anonymous => match userfault.register(range.clone(), mode) {
-                        Ok(()) => {
-                            if protected {
-                                protect(userfault, mapping).map_err(Hindrance::Protect)?;
+                    MappingKind::Anonymous => {
+                        // What is away must not read as zeros for a moment.
+                        let mode = match mapping.known.is_empty() {
+                            true => mode,
+                            false if tracks_writes => RegisterMode::MissingAndWriteProtect,
+                            false => RegisterMode::Missing,
+                        };
+                        match userfault.register(range.clone(), mode) {
+                            Ok(()) => {
+                                if protected {
+                                    self.protect(userfault, mapping)?;
+                                }
+                                of_process.push(range);
                             }
-                            of_process.push(range);
+                            // What is away can't stay.
+                            Err(error) if !mapping.known.is_empty() => {
+                                return Err(Hindrance::Register(error).into());
+                            }
+                            Err(error) => tracing::debug!(%error, "a mapping stays resident"),
                         }
-                        // What is away can't stay.
-                        Err(error) if !mapping.reused.is_empty() => {
-                            return Err(Hindrance::Register(error).into());
-                        }
-                        Err(error) => tracing::debug!(%error, "a mapping stays resident"),
-                    },
+                    }
                 }
             }
             ranges.push(of_process);
@@ -110,12 +129,11 @@ impl Operation<'_> {
         let holder = standing.holder;
         let mut session = Session::open(&mut standing.freezer, &SeizeOptions::default())
             .map_err(Hindrance::Session)?;
-        let userfaults = &mut standing.userfaults;
         let ready = self
             .verify(&session, plan, registered, read)
-            .and_then(|()| watch_missing(plan, registered, userfaults))
             .and_then(|()| kept_pages(&mut session, plan));
-        let descriptors: Vec<BorrowedFd<'_>> = userfaults.iter().map(AsFd::as_fd).collect();
+        let descriptors: Vec<BorrowedFd<'_>> =
+            standing.userfaults.iter().map(AsFd::as_fd).collect();
         let held = ready
             // A sandbox that the holder believes to be away may not run on.
             .inspect(|_| session.kill_with_tracer())
@@ -141,7 +159,15 @@ impl Operation<'_> {
         };
         counts.kept = kept.iter().flatten().map(|r| (r.end - r.start) / PAGE_SIZE as u64).sum();
         // From here on pages are missing.
-        let dropped = self.drop_all(&mut session, plan, &kept, &mut standing.userfaults);
+        let dropped =
+            self.drop_all(&mut session, plan, registered, &kept, &mut standing.userfaults);
+        let told = match &dropped {
+            Ok(left) if left.iter().any(|ranges| !ranges.is_empty()) => holder.left(left),
+            _ => Ok(()),
+        };
+        if let Err(why) = told {
+            return Err(DedupError::Lost(format!("telling the holder what is left: {why}")));
+        }
         let closed = session.close();
         if let Err(error @ EvictError::Replace { .. }) = &dropped {
             return Err(DedupError::Lost(error.to_string()));
@@ -176,8 +202,9 @@ impl Operation<'_> {
         for (n, process) in plan.processes.iter().enumerate() {
             let mut scanner = PageScanner::open(process.pid).map_err(Hindrance::Look)?;
             let mut scan = |range: Range<u64>| {
+                self.check_cancelled()?;
                 let found = scanner.scan_written(range, PageClass::Anonymous, false, &mut written);
-                found.map_err(Hindrance::Look)
+                found.map_err(|error| DedupError::from(Hindrance::Look(error)))
             };
             for mapping in &process.mappings {
                 let range = mapping.start..mapping.end;
@@ -204,46 +231,128 @@ impl Operation<'_> {
         Ok(())
     }
 
-    /// Drops every page that the image can bring back, but those that the kernel itself touches,
-    /// and those that are left when a request comes.
-    fn drop_all<F: Freezer>(
-        &self,
-        session: &mut Session<F>,
-        plan: &Plan,
-        kept: &[Vec<Range<u64>>],
-        userfaults: &mut [UserFault],
-    ) -> Result<(), EvictError> {
-        for ((process, userfault), kept) in plan.processes.iter().zip(userfaults).zip(kept) {
-            let track_writes = userfault.tracks_writes();
-            // What changes a mapping is done for all or none: an image names what came of it.
-            let mut first = Eviction { track_writes, ..Eviction::default() };
-            let mut anonymous = Vec::new();
-            for mapping in &process.mappings {
-                let range = mapping.start..mapping.end;
-                match mapping.kind {
-                    MappingKind::Anonymous => anonymous.extend(without(range, kept)),
-                    MappingKind::Replaced(protection) => {
-                        first.replace.push(Replacement { range, protection });
-                    }
-                    MappingKind::File => {
-                        let runs = mapping.runs.iter().map(PageRun::range);
-                        first.file.extend(runs.flat_map(|r| without(r, kept)));
-                    }
-                }
-            }
-            session.evict(process.pid, userfault, &first)?;
-            for slice in slices(&anonymous) {
-                if self.cancel.is_requested() {
-                    // Whatever is still there when the rest is brought back is left alone.
-                    return Ok(());
-                }
-                let eviction =
-                    Eviction { anonymous: slice.to_vec(), track_writes, ..Eviction::default() };
-                session.evict(process.pid, userfault, &eviction)?;
+    /// Write-protects the pages of a mapping that are there: protecting those that are not would
+    /// take memory for each.
+    fn protect(&self, userfault: &UserFault, mapping: &MappingPlan) -> Result<(), DedupError> {
+        for run in &mapping.runs {
+            for slice in cut(run.range(), PROTECTED_PAGES * PAGE_SIZE as u64) {
+                self.check_cancelled()?;
+                userfault.write_protect(slice, true).map_err(Hindrance::Protect)?;
             }
         }
         Ok(())
     }
+
+    /// Drops every page that the image can bring back, but those that the kernel itself touches,
+    /// and those that are left when a request comes. Returns for each process the registered
+    /// ranges that are left: they are not as a restore would expect them.
+    fn drop_all<F: Freezer>(
+        &self,
+        session: &mut Session<F>,
+        plan: &Plan,
+        registered: &Registered,
+        kept: &[Vec<Range<u64>>],
+        userfaults: &mut [UserFault],
+    ) -> Result<Vec<Vec<Range<u64>>>, EvictError> {
+        let mut left = Vec::with_capacity(plan.processes.len());
+        for (n, (process, userfault)) in plan.processes.iter().zip(userfaults).enumerate() {
+            let mut of_process = Vec::new();
+            for step in steps(process, |range| registered.includes(n, range), &kept[n]) {
+                let ranges = || step.anonymous.iter().chain(step.replace.iter().map(|r| &r.range));
+                if self.cancel.is_requested() {
+                    of_process.extend(ranges().cloned());
+                    continue;
+                }
+                let track_writes = userfault.tracks_writes();
+                let register =
+                    step.register.iter().filter(|range| !userfault.covers(range)).cloned();
+                let eviction =
+                    Eviction { register: register.collect(), track_writes, ..step.clone() };
+                let evicted = session.evict(process.pid, userfault, &eviction)?;
+                for error in evicted.left_resident {
+                    tracing::debug!(%error, "a mapping stays resident");
+                }
+                of_process.extend(ranges().filter(|range| !userfault.covers(range)).cloned());
+            }
+            left.push(of_process);
+        }
+        Ok(left)
+    }
+}
+
+/// What is to be dropped of a process, in steps that take the kernel about [`STEP_NS`] each. Of the
+/// anonymous mappings those that `is_registered` names.
+fn steps(
+    process: &ProcessPlan,
+    is_registered: impl Fn(&Range<u64>) -> bool,
+    kept: &[Range<u64>],
+) -> Vec<Eviction> {
+    let (mut steps, mut step, mut cost) = (Vec::new(), Eviction::default(), 0);
+    for mapping in &process.mappings {
+        let range = mapping.start..mapping.end;
+        let mut ends = |step: &mut Eviction, costs: u64| {
+            cost += costs;
+            if cost >= STEP_NS {
+                cost = 0;
+                steps.push(std::mem::take(step));
+            }
+        };
+        let pages = |mapping: &MappingPlan| -> u64 {
+            mapping.runs.iter().map(|run| u64::from(run.pages)).sum()
+        };
+        match mapping.kind {
+            MappingKind::Replaced(protection) => {
+                let costs = REPLACE_NS + pages(mapping) * PAGE_NS;
+                step.replace.push(Replacement { range, protection });
+                ends(&mut step, costs);
+            }
+            MappingKind::File => {
+                let runs = mapping.runs.iter().map(PageRun::range);
+                step.file.extend(runs.flat_map(|run| without(run, kept)));
+                ends(&mut step, RANGE_NS * mapping.runs.len() as u64 + pages(mapping) * PAGE_NS);
+            }
+            MappingKind::Anonymous if is_registered(&range) => {
+                step.register.push(range);
+                for (piece, pages) in pieces(mapping, STEP_NS / PAGE_NS) {
+                    step.anonymous.extend(without(piece, kept));
+                    ends(&mut step, RANGE_NS + pages * PAGE_NS);
+                }
+            }
+            MappingKind::Anonymous => {}
+        }
+    }
+    steps.push(step);
+    steps
+}
+
+/// A mapping in pieces of at most `most` pages that may be there, with how many each has.
+fn pieces(mapping: &MappingPlan, most: u64) -> Vec<(Range<u64>, u64)> {
+    let mut there: Vec<Range<u64>> = mapping.runs.iter().map(PageRun::range).collect();
+    there.extend(mapping.reused.iter().map(|reused| reused.range.clone()));
+    there.sort_unstable_by_key(|range| range.start);
+    let (mut pieces, mut start, mut pages) = (Vec::new(), mapping.start, 0);
+    for range in there {
+        let mut at = range.start;
+        while at < range.end {
+            let end = range.end.min(at + (most - pages) * PAGE_SIZE as u64);
+            pages += (end - at) / PAGE_SIZE as u64;
+            at = end;
+            if pages == most {
+                pieces.push((start..end, pages));
+                (start, pages) = (end, 0);
+            }
+        }
+    }
+    if start < mapping.end {
+        pieces.push((start..mapping.end, pages));
+    }
+    pieces
+}
+
+/// A range in slices of `length` bytes, the last one shorter.
+fn cut(range: Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
+    let starts = (range.start..range.end).step_by(length as usize);
+    starts.map(move |start| start..range.end.min(start + length))
 }
 
 /// The pages that must stay in each process of the plan, because the kernel itself touches them on
@@ -262,60 +371,97 @@ fn kept_pages<F: Freezer>(
     plan.processes.iter().map(of_process).collect()
 }
 
-/// Registers for missing pages what has been registered for write protection so far.
-fn watch_missing(
-    plan: &Plan,
-    registered: &Registered,
-    userfaults: &mut [UserFault],
-) -> Result<(), DedupError> {
-    for (n, process) in plan.processes.iter().enumerate() {
-        for mapping in process.mappings.iter().filter(|m| m.kind == MappingKind::Anonymous) {
-            let range = mapping.start..mapping.end;
-            if registered.includes(n, &range) && !userfaults[n].covers(&range) {
-                let mode = RegisterMode::MissingAndWriteProtect;
-                userfaults[n].register(range, mode).map_err(Hindrance::Register)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Write-protects the pages of a mapping that are there: protecting those that are not would take
-/// memory for each.
-fn protect(userfault: &UserFault, mapping: &MappingPlan) -> io::Result<()> {
-    mapping.runs.iter().try_for_each(|run| userfault.write_protect(run.range(), true))
-}
-
-/// Ranges in groups of about [`SLICE`] bytes, none of them cut.
-fn slices(ranges: &[Range<u64>]) -> Vec<&[Range<u64>]> {
-    let mut slices = Vec::new();
-    let (mut from, mut bytes) = (0, 0);
-    for (n, range) in ranges.iter().enumerate() {
-        bytes += range.end - range.start;
-        if bytes >= SLICE {
-            slices.push(&ranges[from..=n]);
-            (from, bytes) = (n + 1, 0);
-        }
-    }
-    if from < ranges.len() {
-        slices.push(&ranges[from..]);
-    }
-    slices
-}
-
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::plan::Reused;
+
+    const PAGE: u64 = PAGE_SIZE as u64;
+
+    fn mapping(kind: MappingKind, start: u64, length: u64, runs: &[(u64, u32)]) -> MappingPlan {
+        let class = PageClass::Anonymous;
+        let run =
+            |(at, pages): &(u64, u32)| PageRun { start: start + at * PAGE, pages: *pages, class };
+        MappingPlan {
+            start,
+            end: start + length * PAGE,
+            kind,
+            heap: false,
+            runs: runs.iter().map(run).collect(),
+            reused: Vec::new(),
+            known: Vec::new(),
+        }
+    }
 
     #[test]
-    fn slices_hold_every_range_once() {
-        let ranges =
-            [0..SLICE / 2, SLICE..SLICE + 4096, 2 * SLICE..9 * SLICE, 10 * SLICE..11 * SLICE];
-        let slices = slices(&ranges);
-        assert_eq!(slices.concat(), ranges);
-        assert_eq!(slices.iter().map(|s| s.len()).collect::<Vec<_>>(), [3, 1]);
-        let one = std::slice::from_ref(&ranges[0]);
-        assert_eq!(super::slices(one), [one]);
-        assert!(super::slices(&[]).is_empty());
+    fn steps_hold_everything_once_and_little_at_a_time() {
+        let large =
+            mapping(MappingKind::Anonymous, 0x1000_0000, 10_000, &[(0, 1000), (5000, 3000)]);
+        let mut again = mapping(MappingKind::Anonymous, 0x2000_0000, 700, &[(600, 100)]);
+        again.reused = vec![Reused { range: again.start..again.start + 600 * PAGE, origin: 0 }];
+        let unregistered = mapping(MappingKind::Anonymous, 0x3000_0000, 9, &[(0, 9)]);
+        let file = mapping(MappingKind::File, 0x4000_0000, 90, &[(0, 9), (20, 9)]);
+        let [whole, rest, not] =
+            [&large, &again, &unregistered].map(|mapping| mapping.start..mapping.end);
+        let mut mappings = vec![large, again, unregistered, file];
+        let replaced =
+            |n: u64| mapping(MappingKind::Replaced(1), 0x5000_0000 + n * PAGE, 1, &[(0, 1)]);
+        mappings.extend((0..100).map(replaced));
+        let process = ProcessPlan { pid: 1, mappings };
+        let kept = whole.start + 5 * PAGE..whole.start + 6 * PAGE;
+        let all = steps(&process, |range| *range != not, std::slice::from_ref(&kept));
+        assert!(all.len() >= (1000 + 3000 + 700 + 27) as usize / 600 + 100 / 14, "{}", all.len());
+        let mut dropped: Vec<_> = all.iter().flat_map(|step| step.anonymous.clone()).collect();
+        dropped.sort_unstable_by_key(|range| range.start);
+        let pages: u64 = dropped.iter().map(|range| (range.end - range.start) / PAGE).sum();
+        assert_eq!(pages, 10_000 - 1 + 700);
+        assert!(dropped.windows(2).all(|two| two[0].end <= two[1].start), "{dropped:x?}");
+        let registered: Vec<_> = all.iter().flat_map(|step| step.register.clone()).collect();
+        assert_eq!(registered, [whole, rest]);
+        let replaced: Vec<_> = all.iter().map(|step| step.replace.len()).collect();
+        assert_eq!(replaced.iter().sum::<usize>(), 100);
+        assert!(*replaced.iter().max().unwrap() <= 14, "{replaced:?}");
+        assert_eq!(all.iter().map(|step| step.file.len()).sum::<usize>(), 2);
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_are_the_mapping(
+            gaps in prop::collection::vec((0..20u64, 1..50u32), 0..20),
+            tail in 0..20u64,
+            most in 1..60u64,
+        ) {
+            let (mut at, mut runs) = (0, Vec::new());
+            for (gap, pages) in gaps {
+                runs.push((at + gap, pages));
+                at += gap + u64::from(pages);
+            }
+            let length = (at + tail).max(1);
+            let mapping = mapping(MappingKind::Anonymous, 0x1000, length, &runs);
+            let pieces = pieces(&mapping, most);
+            prop_assert_eq!(pieces[0].0.start, mapping.start);
+            prop_assert_eq!(pieces[pieces.len() - 1].0.end, mapping.end);
+            prop_assert!(pieces.windows(2).all(|two| two[0].0.end == two[1].0.start));
+            for (range, pages) in &pieces {
+                let within = |run: &PageRun| {
+                    let run = run.range();
+                    run.end.min(range.end).saturating_sub(run.start.max(range.start)) / PAGE
+                };
+                prop_assert_eq!(*pages, mapping.runs.iter().map(within).sum::<u64>());
+                prop_assert!(*pages <= most && range.start < range.end);
+            }
+        }
+
+        #[test]
+        fn slices_are_the_range(start in 0..9u64, pages in 0..50u64, length in 1..20u64) {
+            let range = start * PAGE..(start + pages) * PAGE;
+            let slices: Vec<_> = cut(range.clone(), length * PAGE).collect();
+            let total: u64 = slices.iter().map(|slice| slice.end - slice.start).sum();
+            prop_assert_eq!(total, pages * PAGE);
+            prop_assert!(slices.iter().all(|s| s.start < s.end && s.end - s.start <= length * PAGE));
+            prop_assert!(slices.windows(2).all(|two| two[0].end == two[1].start));
+        }
     }
 }

@@ -6,8 +6,8 @@
 //!    writes to it; pages are read, encoded, and the image stored. This takes nearly all of the
 //!    time, and a request that arrives meanwhile has the sandbox run again at once.
 //! 3. With every thread stopped again: if nobody wrote to the memory, the [`Holder`] takes hold of
-//!    image and userfaultfds, and only then the pages are dropped. A request that arrives meanwhile
-//!    stops the dropping, and restores what is gone already.
+//!    image and userfaultfds, and only then the pages are dropped, in small steps. A request that
+//!    arrives meanwhile stops the dropping, and restores what is gone already.
 //!
 //! A sandbox that was restored before ([`Previous`]) has its userfaultfds, and only what it wrote
 //! since is read and encoded: of the rest the new image has what the earlier one had.
@@ -87,6 +87,13 @@ pub trait Holder: Sync {
     /// Lets go again: nothing was dropped after all.
     fn release(&self);
 
+    /// For each process, ranges that are not missing anything, and not watched for missing pages,
+    /// though the image has them: a request came before they were dropped.
+    ///
+    /// # Errors
+    /// Why that is not heeded; the sandbox must be killed then.
+    fn left(&self, ranges: &[Vec<Range<u64>>]) -> Result<(), String>;
+
     /// Puts all back that was dropped, after dropping failed half way, and thaws the sandbox. What
     /// was suspended stays so no longer: nothing is served or watched any more.
     ///
@@ -106,10 +113,6 @@ pub trait Holder: Sync {
     /// # Errors
     /// Why not; the sandbox must be killed then.
     fn resume(&self) -> Result<(), String>;
-
-    /// The operation is cancelled and the sandbox runs, though the operation has not returned yet:
-    /// it has things of its own to put away.
-    fn cancelled(&self);
 }
 
 /// What is left of the dedup operation before, of a sandbox that was restored since.
@@ -308,7 +311,7 @@ impl Operation<'_> {
         holder: &dyn Holder,
         previous: Option<&Previous>,
     ) -> Result<Deduplicated, DedupError> {
-        let mut standing = Standing::new(freezer, holder);
+        let mut standing = Standing::new(freezer, holder, self.cancel);
         match self.run(&mut standing, previous) {
             Ok((image, counts)) => {
                 Ok(Deduplicated { image, userfaults: standing.userfaults, counts })
@@ -336,17 +339,21 @@ impl Operation<'_> {
         pids.sort_unstable();
         Plan::check(&pids).map_err(Hindrance::Plan)?;
         self.check_cancelled()?;
-        standing.prepare(&pids, self.cancel)?;
+        standing.prepare(&pids)?;
+        self.check_cancelled()?;
         let old = previous.map(|previous| &previous.image);
         let mut userfaults = std::mem::take(&mut standing.userfaults);
         let fresh = standing.fresh;
         let work = || {
-            let plan = Plan::of(&pids, spaces.as_deref()).map_err(Hindrance::Plan)?;
+            let stop = || self.cancel.is_requested();
+            let plan = Plan::of(&pids, spaces.as_deref(), &stop);
+            self.check_cancelled()?;
+            let plan = plan.map_err(Hindrance::Plan)?;
             let registered = self.register(&mut userfaults, fresh, &plan)?;
             let made = self.make(&plan, &registered, old)?;
             Ok((plan, registered, made))
         };
-        let worked: Watched<Result<_, DedupError>> = standing.watch(self.cancel, work)?;
+        let worked: Watched<Result<_, DedupError>> = standing.watch(work)?;
         let (plan, registered, made) = match worked {
             Watched::Done(done) => {
                 standing.userfaults = userfaults;
@@ -368,8 +375,13 @@ impl Operation<'_> {
         let read = (batches.as_slice(), hashes.as_slice());
         let done = self.commit(standing, &plan, &registered, read, &image, &mut counts);
         if let Err(error) = done {
+            // Who waits for the sandbox need not wait for what is put away here.
+            let back = match &error {
+                DedupError::Lost(_) => Ok(()),
+                _ => standing.let_go(),
+            };
             self.store.remove_image(image);
-            return Err(error);
+            return Err(back.err().unwrap_or(error));
         }
         counts.commit_us = micros(begin);
         Ok((image, counts))
@@ -383,7 +395,7 @@ impl Operation<'_> {
     pub fn estimate(&self, pids: &[i32]) -> Result<Estimate, DedupError> {
         let begin = Instant::now();
         Plan::check(pids).map_err(Hindrance::Plan)?;
-        let plan = Plan::of(pids, None).map_err(Hindrance::Plan)?;
+        let plan = Plan::of(pids, None, &|| false).map_err(Hindrance::Plan)?;
         let encoded = self.encode(&batches(&plan, |_| true), 0, None)?;
         let mut counts = self.count(&encoded);
         counts.encode_us = micros(begin);

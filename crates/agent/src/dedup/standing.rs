@@ -7,6 +7,7 @@ use medes_memory::session::{Freezer, Session};
 use medes_memory::tracee::SeizeOptions;
 use medes_memory::userfault::{UserFault, UserFaultFeatures, UserFaultOptions};
 
+use super::cancel::Waited;
 use super::{Cancel, DedupError, Hindrance, Holder};
 use crate::view::SpaceView;
 
@@ -26,6 +27,7 @@ pub(super) enum Phase {
 pub(super) struct Standing<'a, F: Freezer> {
     pub(super) freezer: F,
     pub(super) holder: &'a dyn Holder,
+    cancel: &'a Cancel,
     /// One for each process, in the plan's order.
     pub(super) userfaults: Vec<UserFault>,
     /// Whether the userfaultfds were made by this operation: nothing is missing yet then.
@@ -53,12 +55,22 @@ impl Drop for Done<'_> {
 }
 
 impl<'a, F: Freezer> Standing<'a, F> {
-    pub(super) fn new(freezer: F, holder: &'a dyn Holder) -> Self {
-        let (userfaults, phase) = (Vec::new(), Phase::Runs);
-        Self { freezer, holder, userfaults, fresh: true, phase, suspended: false }
+    pub(super) fn new(freezer: F, holder: &'a dyn Holder, cancel: &'a Cancel) -> Self {
+        Self {
+            freezer,
+            holder,
+            cancel,
+            userfaults: Vec::new(),
+            fresh: true,
+            phase: Phase::Runs,
+            suspended: false,
+        }
     }
 
     pub(super) fn freeze(&mut self) -> Result<(), DedupError> {
+        if self.cancel.disarm().is_some() || self.cancel.is_requested() {
+            return Err(DedupError::Cancelled);
+        }
         // Even if it fails some may be frozen.
         self.phase = Phase::Frozen;
         Ok(self.freezer.freeze().map_err(Hindrance::Freeze)?)
@@ -81,10 +93,10 @@ impl<'a, F: Freezer> Standing<'a, F> {
 
     /// Stops the processes once and makes what is left to be done in them: a userfaultfd for each,
     /// if there is none yet. They stay frozen, and thawing is all that it takes from here on.
-    pub(super) fn prepare(&mut self, pids: &[i32], cancel: &Cancel) -> Result<(), DedupError> {
+    pub(super) fn prepare(&mut self, pids: &[i32]) -> Result<(), DedupError> {
         let mut session = Session::open(&mut self.freezer, &SeizeOptions::default())
             .map_err(Hindrance::Session)?;
-        if cancel.is_requested() {
+        if self.cancel.is_requested() {
             let resumed = session.resume();
             self.phase = if resumed.is_ok() { Phase::Runs } else { Phase::Frozen };
             resumed.map_err(Hindrance::Session)?;
@@ -111,29 +123,39 @@ impl<'a, F: Freezer> Standing<'a, F> {
         result
     }
 
-    /// Runs `work` on another thread, of low priority. If somebody cancels meanwhile, the sandbox runs again at
-    /// once, however long the work takes to notice.
+    /// Runs `work` on another thread, of low priority. If somebody cancels meanwhile, the sandbox
+    /// runs again at once, however long the work takes to notice.
     pub(super) fn watch<T: Send>(
         &mut self,
-        cancel: &Cancel,
         work: impl FnOnce() -> T + Send,
     ) -> Result<Watched<T>, DedupError> {
-        let done = AtomicBool::new(false);
+        let (done, cancel) = (AtomicBool::new(false), self.cancel);
         std::thread::scope(|scope| {
+            // What is suspended has to be served before it runs.
+            if self.phase == Phase::Restartable
+                && !self.suspended
+                && let Some(thaw) = self.freezer.thawer()
+            {
+                cancel.arm(thaw);
+            }
             let working = std::thread::Builder::new().spawn_scoped(scope, || {
                 let _done = Done(&done, cancel);
                 // Requests to other sandboxes come first, and so does taking this one back.
                 medes_memory::priority::lower_this_thread();
                 work()
             });
-            let working = working.map_err(Hindrance::Thread)?;
-            let cancelled = cancel.wait_until(|| done.load(Ordering::Acquire));
-            let back = if cancelled {
-                let back = self.let_go();
-                self.holder.cancelled();
-                back
-            } else {
-                Ok(())
+            let working = working.map_err(|error| {
+                let _ = cancel.disarm();
+                Hindrance::Thread(error)
+            })?;
+            let (cancelled, back) = match cancel.wait_until(|| done.load(Ordering::Acquire)) {
+                Waited::Done => (false, Ok(())),
+                Waited::Requested => (true, self.let_go()),
+                Waited::Thawed(thawed) => {
+                    self.phase = Phase::Runs;
+                    let thawed = thawed.map_err(|why| lost("thawing", &why));
+                    (true, thawed.and_then(|()| self.let_go()))
+                }
             };
             let result = working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             back.map(|()| match cancelled {
@@ -150,9 +172,6 @@ impl<'a, F: Freezer> Standing<'a, F> {
 
     /// Lets the sandbox run as if nothing had happened.
     pub(super) fn let_go(&mut self) -> Result<(), DedupError> {
-        let lost = |what: &str, why: &dyn std::fmt::Display| {
-            DedupError::Lost(format!("{what} after a failure: {why}"))
-        };
         if std::mem::take(&mut self.suspended) {
             self.holder.resume().map_err(|why| lost("serving its memory", &why))?;
         }
@@ -163,11 +182,20 @@ impl<'a, F: Freezer> Standing<'a, F> {
             Phase::Restartable => self.freezer.thaw(),
         }
         .map_err(|why| lost("thawing", &why))?;
+        if self.cancel.is_requested() {
+            self.cancel.tell();
+            // What is left to do comes after whoever was told.
+            medes_memory::priority::lower_this_thread();
+        }
         if self.fresh {
             release(std::mem::take(&mut self.userfaults));
         }
         Ok(())
     }
+}
+
+fn lost(what: &str, why: &dyn std::fmt::Display) -> DedupError {
+    DedupError::Lost(format!("{what} after a failure: {why}"))
 }
 
 /// Closes userfaultfds of processes that run and lack nothing. Closing alone would keep them from

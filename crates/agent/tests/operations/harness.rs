@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use medes_agent::restore::{AddressSpace, Filling, HeldImage, RestoreBuffers, Rev
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
 use medes_core::{DomainId, FunctionId, NodeId};
-use medes_memory::session::{Freezer, on_tracer_thread};
+use medes_memory::session::{Freezer, Thaw, on_tracer_thread};
 use medes_pages::FingerprintConfig;
 use medes_registry::{Near, Registry, Scope};
 use medes_sandbox::{Cgroup, CgroupRoot, Resources};
@@ -144,6 +144,11 @@ impl Freezer for Group<'_> {
     fn processes(&mut self) -> io::Result<Vec<i32>> {
         self.0.processes().map_err(io::Error::other)
     }
+
+    fn thawer(&self) -> Option<Thaw> {
+        let cgroup = self.0.clone();
+        Some(Box::new(move || cgroup.thaw().map_err(io::Error::other)))
+    }
 }
 
 /// A node without the rest: store, registry, and who holds images.
@@ -153,8 +158,6 @@ pub struct Bench {
     pub cancel: Cancel,
     /// What was restored last and is watched.
     pub watched: Mutex<Vec<Arc<AddressSpace>>>,
-    /// How often an operation told of its end before it came.
-    pub cancelled: AtomicUsize,
     pub held: Mutex<Option<HeldImage>>,
     /// Runs when an image is to be held; an error refuses.
     pub on_hold: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
@@ -167,7 +170,6 @@ impl Bench {
             registry: Box::new(registry),
             cancel: Cancel::default(),
             watched: Mutex::default(),
-            cancelled: AtomicUsize::new(0),
             held: Mutex::new(None),
             on_hold: Box::new(|| Ok(())),
         }
@@ -337,6 +339,12 @@ impl Holder for Bench {
         self.held.lock().unwrap().take();
     }
 
+    fn left(&self, ranges: &[Vec<Range<u64>>]) -> Result<(), String> {
+        let mut held = self.held.lock().unwrap();
+        held.as_mut().ok_or("nothing is held")?.leave(ranges.to_vec());
+        Ok(())
+    }
+
     fn put_back(&self) -> Result<(), String> {
         Err("not in these tests".into())
     }
@@ -370,9 +378,5 @@ impl Holder for Bench {
     fn resume(&self) -> Result<(), String> {
         self.watched.lock().unwrap().iter().for_each(|space| space.resume());
         Ok(())
-    }
-
-    fn cancelled(&self) {
-        self.cancelled.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -24,15 +24,15 @@ use crate::dump::Dump;
 use crate::functions::Function;
 use crate::machine::Circumstances;
 use crate::registry::{self, RegistryFigures};
-use crate::testbed::Testbed;
+use crate::testbed::{TakenBack, Testbed};
 use crate::{round, share};
 use timing::{Material, Times};
 
 /// Requests that the base sandbox and the other one serve before their memory is taken.
 const REQUESTS: [u32; 2] = [6, 4];
 
-/// How long after its beginning a dedup operation is cancelled, milliseconds.
-const CANCEL_AFTER: [u64; 5] = [2, 5, 10, 15, 20];
+/// How often a dedup operation is cancelled: at moments spread evenly over its usual time.
+const CANCELS: u32 = 20;
 
 /// How long after an operation that was cancelled the next one begins.
 const BETWEEN_CANCELS: Duration = Duration::from_millis(100);
@@ -93,11 +93,16 @@ pub struct WholeOperation {
     pub encode_ms: f64,
     /// Of that, with all threads stopped: a request that comes waits.
     pub pause_ms: f64,
-    /// From a request's coming, while pages are encoded, until the sandbox runs as if nothing had
-    /// happened: the longest, milliseconds.
+    /// From a request's coming, at any moment before pages are dropped, until the sandbox runs as
+    /// if nothing had happened: the longest, milliseconds.
     pub cancel_ms: f64,
-    /// How often that was tried.
+    /// How many there were.
     pub cancelled: usize,
+    /// From a request's coming while pages are being dropped until the sandbox is restored: the
+    /// longest, milliseconds.
+    pub late_ms: f64,
+    /// How many there were.
+    pub late: usize,
     /// A restore until the sandbox runs, milliseconds; the median. Pages outside of its working
     /// set come back later.
     pub restore_ms: f64,
@@ -233,28 +238,20 @@ fn operate(
     [base, subject]: [SandboxId; 2],
 ) -> Result<WholeOperation> {
     testbed.dedup(base, true)?;
-    let mut cancels = Vec::new();
-    for after in CANCEL_AFTER.map(Duration::from_millis) {
-        // The one before has put its things away.
-        std::thread::sleep(BETWEEN_CANCELS);
-        match testbed.cancel_dedup(subject, after)? {
-            Some(time) => cancels.push(time),
-            None => {
-                testbed.restore(subject)?;
-                break;
-            }
+    let another = |first: u32| -> Result<SandboxId> {
+        let sandbox = testbed.start(spec)?;
+        for request in 0..REQUESTS[1] {
+            testbed.invoke(spec, sandbox, &function.event(first + request))?;
         }
-    }
+        testbed.settle();
+        Ok(sandbox)
+    };
     let mut all = Vec::new();
     let mut again = Vec::new();
     let mut sandbox = subject;
     for n in 0..OPERATIONS as u32 {
         if n > 0 {
-            sandbox = testbed.start(spec)?;
-            for request in 0..REQUESTS[1] {
-                testbed.invoke(spec, sandbox, &function.event(1000 * (n + 1) + request))?;
-            }
-            testbed.settle();
+            sandbox = another(1000 * (n + 1))?;
         }
         let begin = processor_time();
         let done = testbed.dedup(sandbox, false)?;
@@ -267,14 +264,35 @@ fn operate(
         again.push(testbed.dedup(sandbox, false)?.total_us);
         testbed.purge(sandbox);
     }
-    testbed.purge(base);
     let ms = |us: u64| round(us as f64 / 1000.0, 2);
-    let longest = cancels.iter().max().copied().unwrap_or_default();
     let mut restores: Vec<u64> = all.iter().map(|(.., us)| *us).collect();
     restores.sort_unstable();
     again.sort_unstable();
     all.sort_by_key(|(done, ..)| done.total_us);
     let (done, cpu, _) = all[OPERATIONS / 2];
+    let (mut cancels, mut late) = (Vec::new(), Vec::new());
+    sandbox = another(1000)?;
+    for n in 1..=CANCELS {
+        let usual = Duration::from_micros(done.total_us);
+        match testbed.cancel_dedup(sandbox, usual * n / (CANCELS + 1))? {
+            TakenBack::AsItWas(time) => cancels.push(time),
+            other => {
+                if let TakenBack::Restored(time) = other {
+                    late.push(time);
+                }
+                // The next dedup of this one would be another kind of operation.
+                testbed.purge(sandbox);
+                sandbox = another(1000 * (n + 1))?;
+            }
+        }
+        // What it put away after it had answered.
+        std::thread::sleep(BETWEEN_CANCELS);
+    }
+    testbed.purge(sandbox);
+    testbed.purge(base);
+    let longest = |times: &[Duration]| {
+        round(times.iter().max().copied().unwrap_or_default().as_secs_f64() * 1e3, 3)
+    };
     let (before, after) = (done.before.total(), done.after.total());
     Ok(WholeOperation {
         function: function.name().to_owned(),
@@ -286,8 +304,10 @@ fn operate(
         cpu_ms: round(cpu.as_secs_f64() * 1e3, 2),
         encode_ms: ms(done.encode_us),
         pause_ms: ms(done.commit_us),
-        cancel_ms: round(longest.as_secs_f64() * 1e3, 3),
+        cancel_ms: longest(&cancels),
         cancelled: cancels.len(),
+        late_ms: longest(&late),
+        late: late.len(),
         restore_ms: ms(restores[OPERATIONS / 2]),
         again_ms: ms(again[OPERATIONS / 2]),
         operations: OPERATIONS,

@@ -210,8 +210,8 @@ fn engine_table(report: &EngineReport) -> String {
          chunks not there)\n\
          a whole dedup of {} ({} MB): {:.0} ms, of which {:.0} ms encode and {:.1} ms pause \
          ({:.0} ms of processor time); {} saved\n\
-         taking a sandbox back while it encodes: {:.2} ms at most of {}; a restore until it runs: \
-         {:.1} ms\n",
+         taking a sandbox back: {:.2} ms at most of {} before pages are dropped, {:.1} ms of {} \
+         later; a restore until it runs: {:.1} ms\n",
         percent(report.fingerprint_to_memcpy),
         percent(report.encode_to_memcpy),
         percent(report.decode_to_memcpy),
@@ -229,6 +229,8 @@ fn engine_table(report: &EngineReport) -> String {
         percent(d.saved),
         d.cancel_ms,
         d.cancelled,
+        d.late_ms,
+        d.late,
         d.restore_ms,
     ));
     out

@@ -304,7 +304,7 @@ impl UserFault {
                 }
             }
             result?;
-            let left = Mappings::read_with_flags(pid)?;
+            let left = Mappings::read_with_flags(pid, &|| false)?;
             if !left.iter().any(|mapping| mapping.flags.userfault_missing) {
                 break;
             }

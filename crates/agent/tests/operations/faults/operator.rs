@@ -257,6 +257,10 @@ impl Holder for Told {
         self.tell("release");
     }
 
+    fn left(&self, _ranges: &[Vec<Range<u64>>]) -> Result<(), String> {
+        Err("nobody cancels here".into())
+    }
+
     fn put_back(&self) -> Result<(), String> {
         Err("nothing fails here".into())
     }
@@ -273,6 +277,4 @@ impl Holder for Told {
         self.tell("resume");
         self.hear().map(drop).map_err(|error| error.to_string())
     }
-
-    fn cancelled(&self) {}
 }

@@ -177,6 +177,16 @@ impl Holder for Keeping {
         };
     }
 
+    fn left(&self, ranges: &[Vec<Range<u64>>]) -> Result<(), String> {
+        match &mut *self.memory() {
+            Memory::Held(image, _) => {
+                image.leave(ranges.to_vec());
+                Ok(())
+            }
+            _ => Err("nothing is held".into()),
+        }
+    }
+
     fn put_back(&self) -> Result<(), String> {
         self.restore(false, || {}, &AtomicBool::new(true))
     }
@@ -217,8 +227,6 @@ impl Holder for Keeping {
         *memory = Memory::Returning(spaces);
         Ok(())
     }
-
-    fn cancelled(&self) {}
 }
 
 /// What a sandbox says when it is asked about its memory.
