@@ -57,7 +57,7 @@ evaluate: build $(if $(filter no,$(LIVE)),,layers)
 	fi; \
 	target/release/medes simulate "$$trace" --evaluation --out "$$dir/runs"; \
 	if [ "$(LIVE)" != no ]; then \
-		target/release/medes trace make "$$dir/live" --functions 40 --length 1h --requests 1000 \
+		target/release/medes trace make "$$dir/live" --functions 60 --length 1h --requests 1000 \
 			--seed 2; \
 		for policy in fixed latency; do \
 			target/release/medes replay "$$dir/live" --private --python "$(PYTHON)" --speed 12 \
