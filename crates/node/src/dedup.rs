@@ -40,8 +40,13 @@ pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, new_base: bool) 
     let spawned = std::thread::Builder::new().name("dedup".into()).spawn(move || {
         let answer = Arc::new(Answering { entry: Arc::clone(&entry), done: Some(done).into() });
         let cancel = Arc::clone(&entry.cancel.lock());
-        let early = Arc::clone(&answer);
-        cancel.when_back(move || early.give(Err(DedupFailure::Cancelled)));
+        // Weak: an operation that panics takes the answer along, and whoever waits hears of it.
+        let early = Arc::downgrade(&answer);
+        cancel.when_back(move || {
+            if let Some(early) = early.upgrade() {
+                early.give(Err(DedupFailure::Cancelled));
+            }
+        });
         // It runs until it is frozen.
         cancel.arm(Box::new(|| Ok(())));
         answer.give(match my_turn(&entry, &cancel) {
