@@ -81,8 +81,8 @@ impl HeldImage {
         Ok(Self { view, image, userfaults, left: Vec::new() })
     }
 
-    /// Notes what was not dropped after all, for each process: it lacks nothing, and is neither
-    /// watched nor of the image from here on.
+    /// Notes what was not dropped after all, for each process: it lacks nothing, and nothing of it
+    /// comes from the image from here on.
     pub fn leave(&mut self, ranges: Vec<Vec<Range<u64>>>) {
         self.left = ranges;
     }

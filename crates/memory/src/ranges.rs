@@ -21,6 +21,12 @@ pub fn without(range: Range<u64>, holes: &[Range<u64>]) -> Vec<Range<u64>> {
     parts
 }
 
+/// A range in slices of `length`, the last one shorter.
+pub fn slices(range: Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
+    let starts = (range.start..range.end).step_by(length as usize);
+    starts.map(move |start| start..range.end.min(start + length))
+}
+
 /// Whether two ranges have an address in common.
 pub fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end

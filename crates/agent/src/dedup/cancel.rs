@@ -141,6 +141,14 @@ mod tests {
 
     use super::*;
 
+    /// One that says whether it told, and what counts its thaws.
+    fn telling() -> (Cancel, Arc<AtomicBool>, Arc<AtomicUsize>) {
+        let (cancel, told) = (Cancel::default(), Arc::new(AtomicBool::new(false)));
+        let tell = Arc::clone(&told);
+        cancel.when_back(move || tell.store(true, Ordering::Relaxed));
+        (cancel, told, Arc::default())
+    }
+
     fn counting(count: &Arc<AtomicUsize>) -> Thaw {
         let count = Arc::clone(count);
         Box::new(move || {
@@ -151,10 +159,7 @@ mod tests {
 
     #[test]
     fn a_request_thaws_by_itself_and_tells_of_it() {
-        let (cancel, thawed) = (Cancel::default(), Arc::default());
-        let told = Arc::new(AtomicBool::new(false));
-        let tell = Arc::clone(&told);
-        cancel.when_back(move || tell.store(true, Ordering::Relaxed));
+        let (cancel, told, thawed) = telling();
         cancel.arm(counting(&thawed));
         assert!(!told.load(Ordering::Relaxed));
         cancel.request();
@@ -168,10 +173,7 @@ mod tests {
 
     #[test]
     fn nobody_thaws_what_was_disarmed() {
-        let (cancel, thawed) = (Cancel::default(), Arc::default());
-        let told = Arc::new(AtomicBool::new(false));
-        let tell = Arc::clone(&told);
-        cancel.when_back(move || tell.store(true, Ordering::Relaxed));
+        let (cancel, told, thawed) = telling();
         cancel.arm(counting(&thawed));
         assert!(matches!(cancel.wait_until(|| true), Waited::Done));
         cancel.arm(counting(&thawed));

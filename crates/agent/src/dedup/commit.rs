@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use medes_memory::pages::{PageClass, PageRun, PageScanner};
-use medes_memory::ranges::without;
+use medes_memory::ranges::{slices, without};
 use medes_memory::session::{EvictError, Eviction, Freezer, Replacement, Session};
 use medes_memory::tracee::SeizeOptions;
 use medes_memory::userfault::{RegisterMode, UserFault};
@@ -13,7 +13,7 @@ use medes_pages::PAGE_SIZE;
 use medes_store::ImageHandle;
 
 use super::batch::{Batch, hash, page_buffer};
-use super::standing::{Phase, Standing};
+use super::standing::{PROTECTED, Phase, Standing};
 use super::{Counts, DedupError, Hindrance, Operation};
 use crate::plan::{MappingKind, MappingPlan, Plan, ProcessPlan};
 
@@ -29,9 +29,6 @@ const RANGE_NS: u64 = 10_000;
 
 /// Putting anonymous memory in the place of a file mapping, nanoseconds.
 const REPLACE_NS: u64 = 22_000;
-
-/// Pages that are write-protected between two such looks.
-const PROTECTED_PAGES: u64 = 2048;
 
 /// What is registered of a plan's processes.
 pub(super) struct Registered {
@@ -235,7 +232,7 @@ impl Operation<'_> {
     /// take memory for each.
     fn protect(&self, userfault: &UserFault, mapping: &MappingPlan) -> Result<(), DedupError> {
         for run in &mapping.runs {
-            for slice in cut(run.range(), PROTECTED_PAGES * PAGE_SIZE as u64) {
+            for slice in slices(run.range(), PROTECTED) {
                 self.check_cancelled()?;
                 userfault.write_protect(slice, true).map_err(Hindrance::Protect)?;
             }
@@ -257,22 +254,19 @@ impl Operation<'_> {
         let mut left = Vec::with_capacity(plan.processes.len());
         for (n, (process, userfault)) in plan.processes.iter().zip(userfaults).enumerate() {
             let mut of_process = Vec::new();
-            for step in steps(process, |range| registered.includes(n, range), &kept[n]) {
-                let ranges = || step.anonymous.iter().chain(step.replace.iter().map(|r| &r.range));
-                if self.cancel.is_requested() {
-                    of_process.extend(ranges().cloned());
-                    continue;
+            for mut step in steps(process, |range| registered.includes(n, range), &kept[n]) {
+                let goes = !self.cancel.is_requested();
+                if goes {
+                    step.register.retain(|range| !userfault.covers(range));
+                    step.track_writes = userfault.tracks_writes();
+                    let evicted = session.evict(process.pid, userfault, &step)?;
+                    for error in evicted.left_resident {
+                        tracing::debug!(%error, "a mapping stays resident");
+                    }
                 }
-                let track_writes = userfault.tracks_writes();
-                let register =
-                    step.register.iter().filter(|range| !userfault.covers(range)).cloned();
-                let eviction =
-                    Eviction { register: register.collect(), track_writes, ..step.clone() };
-                let evicted = session.evict(process.pid, userfault, &eviction)?;
-                for error in evicted.left_resident {
-                    tracing::debug!(%error, "a mapping stays resident");
-                }
-                of_process.extend(ranges().filter(|range| !userfault.covers(range)).cloned());
+                let ranges =
+                    step.anonymous.into_iter().chain(step.replace.into_iter().map(|r| r.range));
+                of_process.extend(ranges.filter(|range| !goes || !userfault.covers(range)));
             }
             left.push(of_process);
         }
@@ -347,12 +341,6 @@ fn pieces(mapping: &MappingPlan, most: u64) -> Vec<(Range<u64>, u64)> {
         pieces.push((start..mapping.end, pages));
     }
     pieces
-}
-
-/// A range in slices of `length` bytes, the last one shorter.
-fn cut(range: Range<u64>, length: u64) -> impl Iterator<Item = Range<u64>> {
-    let starts = (range.start..range.end).step_by(length as usize);
-    starts.map(move |start| start..range.end.min(start + length))
 }
 
 /// The pages that must stay in each process of the plan, because the kernel itself touches them on
@@ -458,7 +446,7 @@ mod tests {
         #[test]
         fn slices_are_the_range(start in 0..9u64, pages in 0..50u64, length in 1..20u64) {
             let range = start * PAGE..(start + pages) * PAGE;
-            let slices: Vec<_> = cut(range.clone(), length * PAGE).collect();
+            let slices: Vec<_> = slices(range.clone(), length * PAGE).collect();
             let total: u64 = slices.iter().map(|slice| slice.end - slice.start).sum();
             prop_assert_eq!(total, pages * PAGE);
             prop_assert!(slices.iter().all(|s| s.start < s.end && s.end - s.start <= length * PAGE));

@@ -87,8 +87,8 @@ pub trait Holder: Sync {
     /// Lets go again: nothing was dropped after all.
     fn release(&self);
 
-    /// For each process, ranges that are not missing anything, and not watched for missing pages,
-    /// though the image has them: a request came before they were dropped.
+    /// For each process, ranges that lack nothing, though the image has them: a request came before
+    /// they were dropped, or the kernel does not let them be watched.
     ///
     /// # Errors
     /// Why that is not heeded; the sandbox must be killed then.
@@ -235,9 +235,10 @@ pub struct Counts {
     /// sandbox's private pages for patches ([`Hindrance::NothingToGain`] comes before), and
     /// usually a tenth of that.
     pub overhead_bytes: u64,
-    /// Reading and encoding, microseconds. A request can cancel in this time.
+    /// Reading and encoding, microseconds. A request has the sandbox run at once in this time.
     pub encode_us: u64,
-    /// Stopping, registering, dropping, microseconds. A request waits in this time.
+    /// Stopping, handing over, dropping, microseconds. A request waits for one step of it, and for
+    /// what has been dropped.
     pub commit_us: u64,
 }
 
@@ -316,11 +317,7 @@ impl Operation<'_> {
             Ok((image, counts)) => {
                 Ok(Deduplicated { image, userfaults: standing.userfaults, counts })
             }
-            Err(error @ DedupError::Lost(_)) => Err(error),
-            Err(error) => match standing.let_go() {
-                Ok(()) => Err(error),
-                Err(also) => Err(DedupError::Lost(format!("{error}; then: {also}"))),
-            },
+            Err(error) => Err(standing.give_up(error)),
         }
     }
 
@@ -376,12 +373,9 @@ impl Operation<'_> {
         let done = self.commit(standing, &plan, &registered, read, &image, &mut counts);
         if let Err(error) = done {
             // Who waits for the sandbox need not wait for what is put away here.
-            let back = match &error {
-                DedupError::Lost(_) => Ok(()),
-                _ => standing.let_go(),
-            };
+            let error = standing.give_up(error);
             self.store.remove_image(image);
-            return Err(back.err().unwrap_or(error));
+            return Err(error);
         }
         counts.commit_us = micros(begin);
         Ok((image, counts))

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use medes_memory::ranges::slices;
 use medes_memory::session::{Freezer, Session};
 use medes_memory::tracee::SeizeOptions;
 use medes_memory::userfault::{UserFault, UserFaultFeatures, UserFaultOptions};
@@ -68,7 +69,8 @@ impl<'a, F: Freezer> Standing<'a, F> {
     }
 
     pub(super) fn freeze(&mut self) -> Result<(), DedupError> {
-        if self.cancel.disarm().is_some() || self.cancel.is_requested() {
+        self.cancel.disarm();
+        if self.cancel.is_requested() {
             return Err(DedupError::Cancelled);
         }
         // Even if it fails some may be frozen.
@@ -145,7 +147,7 @@ impl<'a, F: Freezer> Standing<'a, F> {
                 work()
             });
             let working = working.map_err(|error| {
-                let _ = cancel.disarm();
+                cancel.disarm();
                 Hindrance::Thread(error)
             })?;
             let (cancelled, back) = match cancel.wait_until(|| done.load(Ordering::Acquire)) {
@@ -168,6 +170,18 @@ impl<'a, F: Freezer> Standing<'a, F> {
     /// The holder has put all back and let it run: there is nothing left that it could serve on.
     pub(super) fn runs_again(&mut self) {
         (self.phase, self.suspended) = (Phase::Runs, false);
+    }
+
+    /// Lets the sandbox run as if nothing had happened because of `error`, unless it is lost.
+    /// Returns what there is to say then.
+    pub(super) fn give_up(&mut self, error: DedupError) -> DedupError {
+        if let DedupError::Lost(_) = error {
+            return error;
+        }
+        match self.let_go() {
+            Ok(()) => error,
+            Err(also) => DedupError::Lost(format!("{error}; then: {also}")),
+        }
     }
 
     /// Lets the sandbox run as if nothing had happened.
@@ -209,8 +223,7 @@ pub(super) fn release(userfaults: Vec<UserFault>) {
         let ranges: Vec<_> =
             userfault.watched().chain(userfault.registered().iter().cloned()).collect();
         for range in ranges {
-            let slices = (range.start..range.end).step_by(SLICE as usize);
-            for slice in slices.map(|start| start..range.end.min(start + SLICE)) {
+            for slice in slices(range, PROTECTED) {
                 // Unmapped by now, maybe; and who unmaps or forks waits until it has been heard.
                 let _ = userfault.write_protect(slice, false);
                 let _ = userfault.read_events(&mut events);
@@ -220,8 +233,8 @@ pub(super) fn release(userfaults: Vec<UserFault>) {
     }
 }
 
-/// Address space whose write protection is lifted at a time, bytes.
-const SLICE: u64 = 4 << 20;
+/// Address space that is write-protected at a time, or no longer, bytes.
+pub(super) const PROTECTED: u64 = 4 << 20;
 
 /// Lets a frozen group of processes run as if nothing had happened, from whatever point of an
 /// operation that did not get as far as to drop anything. Thawing alone would end some waits.
