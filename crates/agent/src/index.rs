@@ -233,22 +233,29 @@ impl ImageIndex {
     #[must_use]
     pub fn holes(&self, process: usize, least: u64) -> Vec<Range<u64>> {
         let Some(table) = self.table.processes.get(process) else { return Vec::new() };
-        let mut holes = Vec::new();
-        for (start, length) in &table.heap {
-            let (mut at, end) = (*start, start + length);
-            let first = table.runs.partition_point(|run| run.end() <= at);
-            let inside = table.runs[first..].iter().take_while(|run| run.address < end);
-            for run in inside {
-                if run.address >= at + least {
-                    holes.push(at..run.address);
-                }
-                at = run.end();
-            }
-            if end >= at + least {
-                holes.push(at..end);
-            }
-        }
+        let heap = table.heap.iter().map(|(start, length)| *start..start + length);
+        let mut holes: Vec<_> = heap.flat_map(|range| self.gaps(process, range)).collect();
+        holes.retain(|hole| hole.end - hole.start >= least);
         holes
+    }
+
+    /// The stretches of `range` in which the image has no page of a process.
+    #[must_use]
+    pub fn gaps(&self, process: usize, range: Range<u64>) -> Vec<Range<u64>> {
+        let Some(table) = self.table.processes.get(process) else { return Vec::new() };
+        let mut gaps = Vec::new();
+        let mut at = range.start;
+        let first = table.runs.partition_point(|run| run.end() <= at);
+        for run in table.runs[first..].iter().take_while(|run| run.address < range.end) {
+            if run.address > at {
+                gaps.push(at..run.address);
+            }
+            at = run.end();
+        }
+        if at < range.end {
+            gaps.push(at..range.end);
+        }
+        gaps
     }
 
     /// Decodes one page of a [`Piece::Patched`], taking its patch off `patches`.

@@ -140,10 +140,8 @@ impl HeldImage {
             }
             pages += write_file_pages(&index, process, buffers)?;
             let space = AddressSpace::new(&index, process, false, userfault, view);
-            let ranges = working_set.early.get(process).map_or(&[][..], Vec::as_slice);
-            for PrefetchRange { range, written } in ranges {
-                let watch = if *written { Watch::No } else { Watch::Yes };
-                pages += space.put_back(range.clone(), watch, buffers)?;
+            for range in working_set.ranges.get(process).into_iter().flatten() {
+                pages += space.prefetch(range, buffers)?;
             }
             spaces.push(Arc::new(space));
         }
@@ -392,25 +390,40 @@ impl AddressSpace {
         buffers: &mut RestoreBuffers,
     ) -> Result<u64, RestoreError> {
         let watch = if prefetch.written { Watch::No } else { Watch::Yes };
-        match self.put_back(prefetch.range.clone(), watch, buffers) {
-            Err(RestoreError::Fill(FillError::Changing { .. })) => Ok(0),
-            other => other,
-        }
-    }
-
-    fn put_back(
-        &self,
-        range: Range<u64>,
-        watch: Watch,
-        buffers: &mut RestoreBuffers,
-    ) -> Result<u64, RestoreError> {
         let mut state = self.lock();
         if state.suspended {
             return Ok(0);
         }
         let mut pages = 0;
-        for part in state.view.parts(range) {
-            pages += self.put_back_locked(&mut state, part, watch, buffers)?;
+        for part in state.view.parts(prefetch.range.clone()) {
+            match self.put_back_with_zeros(&mut state, part, watch, buffers) {
+                Ok(more) => pages += more,
+                Err(RestoreError::Fill(FillError::Changing { .. })) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(pages)
+    }
+
+    /// As [`AddressSpace::put_back_locked`], and zeros where the image has nothing: whoever touches
+    /// such a page waits as long as for any other.
+    fn put_back_with_zeros(
+        &self,
+        state: &mut State,
+        range: Range<u64>,
+        watch: Watch,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<u64, RestoreError> {
+        let Belongs::Image(origin) = state.view.at(range.start) else { return Ok(0) };
+        let shift = range.start.wrapping_sub(origin);
+        let of_image = origin..origin + (range.end - range.start);
+        let pages = self.put_back_locked(state, range, watch, buffers)?;
+        for gap in self.index.gaps(self.process, of_image) {
+            let gap = gap.start.wrapping_add(shift)..gap.end.wrapping_add(shift);
+            match state.userfault.zeropage(gap, false) {
+                Ok(_) | Err(FillError::NotRegistered { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(pages)
     }

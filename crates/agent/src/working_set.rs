@@ -2,9 +2,10 @@
 //!
 //! A page that a thread has to wait for after a restore belongs to the working set; pages of the
 //! working set are put back before the next restore of any of the function's sandboxes lets it
-//! run. A page that was put back beforehand can't fault, so whether it is still needed is found
-//! out by leaving a small share out, another one each time: what nobody touches in two such trials
-//! is forgotten. So the set follows a function that changes, in both directions.
+//! run, all of it: waiting for one costs a thread as much as putting ten back, and more while others
+//! are being put back. A page that was put back beforehand can't fault, so whether it is still
+//! needed is found out by leaving a small share out, another one each time: what nobody touches in
+//! two such trials is forgotten. So the set follows a function that changes, in both directions.
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -19,21 +20,12 @@ const SHARE: u64 = 256;
 /// A page that was left out this many times without being touched is forgotten.
 const TRIALS: u8 = 2;
 
-/// So many pages of each process, the first that are touched, are put back before it runs; the
-/// others while it does. It takes a process longer to get to them than to bring them.
-const EARLY: u32 = 192;
-
-/// Pages that are put back together, after which faults get their turn.
-const GROUP: usize = 32;
-
 /// The working set of one function (or of one sandbox, if its addresses are its own).
 #[derive(Clone, Debug, Default)]
 pub struct WorkingSet {
     /// Per process of the image: pages by address.
     processes: Vec<BTreeMap<u64, Member>>,
     restores: u64,
-    /// Pages that ever became members.
-    joined: u32,
 }
 
 /// What is known of a page of the working set.
@@ -43,9 +35,6 @@ struct Member {
     failed: u8,
     /// Whether requests write to it.
     written: bool,
-    /// How many became members before it: pages that are touched for the first time become so in
-    /// the order in which they are touched.
-    order: u32,
 }
 
 /// Pages that are put back beforehand.
@@ -61,37 +50,18 @@ pub struct PrefetchRange {
 /// What one restore puts back beforehand, and which trial it makes.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Prefetch {
-    /// What is put back before the sandbox runs: ranges of addresses per process, in order.
-    pub early: Vec<Vec<PrefetchRange>>,
-    /// What is put back while it runs, with the process that it belongs to, what is needed first
-    /// first.
-    pub late: Vec<(usize, PrefetchRange)>,
+    /// Ranges of addresses per process, in order.
+    pub ranges: Vec<Vec<PrefetchRange>>,
     trial: u64,
 }
 
 impl Prefetch {
-    /// Exactly these ranges, for each process, all of them before it runs and none of them known to be written to.
+    /// Exactly these ranges, for each process, none of them known to be written to.
     #[must_use]
     pub fn of(ranges: &[Vec<Range<u64>>]) -> Self {
         let unwritten = |range: &Range<u64>| PrefetchRange { range: range.clone(), written: false };
         let of_process = |ranges: &Vec<Range<u64>>| ranges.iter().map(unwritten).collect();
-        Self { early: ranges.iter().map(of_process).collect(), ..Self::default() }
-    }
-
-    /// Has everything put back while the sandbox runs.
-    #[must_use]
-    pub fn postponed(mut self) -> Self {
-        let early = std::mem::take(&mut self.early).into_iter().enumerate();
-        let early =
-            early.flat_map(|(process, ranges)| ranges.into_iter().map(move |r| (process, r)));
-        self.late.splice(..0, early);
-        self
-    }
-
-    /// Whether nothing is put back beforehand.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.late.is_empty() && self.early.iter().all(Vec::is_empty)
+        Self { ranges: ranges.iter().map(of_process).collect(), ..Self::default() }
     }
 }
 
@@ -100,26 +70,10 @@ impl WorkingSet {
     pub fn prefetch(&mut self) -> Prefetch {
         let trial = self.restores % SHARE;
         self.restores += 1;
-        let mut early = Vec::with_capacity(self.processes.len());
-        let mut late: Vec<(u32, usize, PrefetchRange)> = Vec::new();
-        for (process, pages) in self.processes.iter().enumerate() {
-            let mut members: Vec<(u64, Member)> = pages
-                .iter()
-                .filter(|(page, _)| share(**page) != trial)
-                .map(|(page, member)| (*page, *member))
-                .collect();
-            members.sort_unstable_by_key(|(_, member)| member.order);
-            let first = members.len().min(EARLY as usize);
-            let (first, others) = members.split_at_mut(first);
-            early.push(joined(first));
-            for group in others.chunks_mut(GROUP) {
-                let order = group[0].1.order;
-                late.extend(joined(group).into_iter().map(|range| (order, process, range)));
-            }
-        }
-        late.sort_by_key(|(order, ..)| *order);
-        let late = late.into_iter().map(|(_, process, range)| (process, range)).collect();
-        Prefetch { early, late, trial }
+        let of_process = |pages: &BTreeMap<u64, Member>| {
+            joined(pages.iter().filter(|(page, _)| share(**page) != trial))
+        };
+        Prefetch { ranges: self.processes.iter().map(of_process).collect(), trial }
     }
 
     /// Pages of a process that a thread had to wait for.
@@ -128,13 +82,7 @@ impl WorkingSet {
             self.processes.resize_with(process + 1, BTreeMap::new);
         }
         for address in addresses {
-            let order = self.joined;
-            let member =
-                self.processes[process].entry(address & !(PAGE - 1)).or_insert_with(|| {
-                    self.joined = order.saturating_add(1);
-                    Member { order, ..Member::default() }
-                });
-            member.failed = 0;
+            self.processes[process].entry(address & !(PAGE - 1)).or_default().failed = 0;
         }
     }
 
@@ -167,11 +115,10 @@ impl WorkingSet {
     }
 }
 
-/// Pages as ranges of addresses.
-fn joined(pages: &mut [(u64, Member)]) -> Vec<PrefetchRange> {
-    pages.sort_unstable_by_key(|(page, _)| *page);
+/// Pages, in order, as ranges of addresses.
+fn joined<'a>(pages: impl Iterator<Item = (&'a u64, &'a Member)>) -> Vec<PrefetchRange> {
     let mut ranges: Vec<PrefetchRange> = Vec::new();
-    for (page, Member { written, .. }) in pages.iter() {
+    for (page, Member { written, .. }) in pages {
         match ranges.last_mut() {
             Some(last) if last.range.end == *page && last.written == *written => {
                 last.range.end += PAGE;
@@ -192,15 +139,9 @@ fn share(page: u64) -> u64 {
 mod tests {
     use super::*;
 
-    /// All ranges of a prefetch, of whatever process.
-    fn all(prefetch: &Prefetch) -> Vec<PrefetchRange> {
-        let late = prefetch.late.iter().map(|(_, range)| range);
-        prefetch.early.iter().flatten().chain(late).cloned().collect()
-    }
-
     fn restore(set: &mut WorkingSet, needs: &[u64]) -> usize {
         let prefetch = set.prefetch();
-        let ranges = all(&prefetch);
+        let ranges = prefetch.ranges.first().map_or(&[][..], Vec::as_slice);
         let there = |address: u64| ranges.iter().any(|r| r.range.contains(&address));
         let faults: Vec<u64> = needs.iter().copied().filter(|a| !there(*a)).collect();
         set.touched(0, &faults);
@@ -232,12 +173,12 @@ mod tests {
         set.touched(0, &addresses);
         set.written(0, 0x40_0000 + 10 * PAGE..0x40_0000 + 12 * PAGE);
         set.written(3, 0..PAGE);
-        let ranges = set.prefetch().early;
+        let ranges = set.prefetch().ranges;
         let written: Vec<_> = ranges[0].iter().filter(|r| r.written).collect();
         assert!((1..=2).contains(&written.len()) && written[0].range.start >= 0x40_a000);
         // Touched once more it is still what it was.
         set.touched(0, &addresses);
-        assert!(set.prefetch().early[0].iter().any(|r| r.written));
+        assert!(set.prefetch().ranges[0].iter().any(|r| r.written));
     }
 
     #[test]
@@ -245,38 +186,9 @@ mod tests {
         let mut set = WorkingSet::default();
         let addresses: Vec<u64> = (0..64).map(|n| 0x40_0000 + n * PAGE_SIZE as u64).collect();
         set.touched(1, &addresses);
-        let ranges = set.prefetch().early;
+        let ranges = set.prefetch().ranges;
         assert!(ranges[0].is_empty());
         let covered: u64 = ranges[1].iter().map(|r| r.range.end - r.range.start).sum();
         assert!(covered >= 60 * PAGE && ranges[1].len() <= 5, "{ranges:x?}");
-    }
-
-    #[test]
-    fn what_is_postponed_comes_before_the_rest() {
-        let mut set = WorkingSet::default();
-        let addresses: Vec<u64> = (0..1000).map(|n| 0x40_0000 + n * PAGE).collect();
-        set.touched(0, &addresses);
-        let prefetch = set.prefetch();
-        let expected = all(&prefetch);
-        let postponed = prefetch.postponed();
-        assert!(postponed.early.is_empty() && !postponed.is_empty());
-        assert_eq!(all(&postponed), expected);
-    }
-
-    #[test]
-    fn what_is_touched_first_comes_first() {
-        let mut set = WorkingSet::default();
-        // Downwards, so that order and address differ.
-        let addresses: Vec<u64> = (0..1000).rev().map(|n| 0x40_0000 + n * PAGE).collect();
-        set.touched(0, &addresses);
-        let prefetch = set.prefetch();
-        let pages = |r: &PrefetchRange| (r.range.end - r.range.start) / PAGE;
-        assert_eq!(prefetch.early[0].iter().map(pages).sum::<u64>(), u64::from(EARLY));
-        let lowest_early = prefetch.early[0][0].range.start;
-        assert!(prefetch.late.iter().all(|(_, r)| r.range.end <= lowest_early));
-        let first: Vec<u64> = prefetch.late.iter().map(|(_, r)| r.range.start).collect();
-        assert!(first[0] > first[first.len() - 1], "{first:x?}");
-        let covered = all(&prefetch).iter().map(pages).sum::<u64>();
-        assert!((960..1000).contains(&covered), "all but those on trial: {covered}");
     }
 }

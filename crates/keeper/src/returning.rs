@@ -13,26 +13,23 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::protocol::Returned;
-use medes_agent::RestoreError;
 use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Revived, Served};
 use medes_agent::view::SpaceView;
-use medes_agent::working_set::{Prefetch, WorkingSet};
+use medes_agent::working_set::{Prefetch, PrefetchRange, WorkingSet};
+use medes_memory::ranges::slices;
 use medes_store::Extent;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 /// Threads that answer faults.
 const SERVERS: usize = 2;
 
-/// Pages put back with one that a thread waits for, once the working set is known: what is missing
-/// from it then is something new, and new things come in company.
-const NEIGHBOURS: u64 = 8;
+/// Pages put back with each one that a thread waits for: none. Ten times as many would cost hardly
+/// more now, and the next request more than that: which of them are needed would not be learned.
+const NEIGHBOURS: u64 = 1;
 
-/// After so many faults in one restore twice as many neighbours come with each: the request does
-/// something new.
-const SURPRISES: u64 = 32;
-
-/// At most so many.
-const MOST_NEIGHBOURS: u64 = 64;
+/// Bytes of the working set that are put back between two looks for faults, if the sandbox runs
+/// already.
+const SLICE: u64 = 64 << 12;
 
 /// Pages filled in at a time, after which a fault gets its turn.
 const FILL_PAGES: u64 = 64;
@@ -47,12 +44,12 @@ pub(crate) struct Returning {
     spaces: Mutex<Vec<Watch>>,
     touched: Mutex<Vec<Vec<u64>>>,
     prefetch: Prefetch,
+    /// Whether the working set is put back while the sandbox runs already.
+    prefetch_late: bool,
     /// How many processes the image has.
     processes: usize,
     /// The address spaces while somebody else has them, in the image's order.
     suspended: Mutex<Vec<Arc<AddressSpace>>>,
-    /// Whether it is being learned which pages are needed.
-    learning: bool,
     concluded: AtomicBool,
     /// No more filling: the sandbox is gone, or somebody else has its memory.
     stopped: AtomicBool,
@@ -119,12 +116,14 @@ impl Service {
         Ok(Self { shared, fills })
     }
 
-    /// Serves the faults of a sandbox from now on. `kill` is called with the reason if that should
-    /// become impossible.
+    /// Serves the faults of a sandbox from now on. `prefetch` is its working set, which has been put
+    /// back, or will be with [`Service::prefetch`] if that is `late`. `kill` is called with the
+    /// reason if serving should become impossible.
     pub(crate) fn serve(
         &self,
         revived: Revived,
         prefetch: Prefetch,
+        late: bool,
         fill: bool,
         kill: Box<dyn Fn(&str) + Send + Sync>,
     ) -> io::Result<Arc<Returning>> {
@@ -135,8 +134,8 @@ impl Service {
             spaces: Mutex::default(),
             suspended: Mutex::default(),
             touched: Mutex::default(),
-            learning: prefetch.is_empty(),
             prefetch,
+            prefetch_late: late,
             processes: revived.spaces.len(),
             concluded: false.into(),
             stopped: false.into(),
@@ -157,22 +156,30 @@ impl Service {
         Ok(memory)
     }
 
-    /// Puts the part of the working set back that is left for when the sandbox runs.
-    pub(crate) fn prefetch(&self, memory: &Returning, buffers: &mut RestoreBuffers) {
-        let spaces: Vec<Arc<AddressSpace>> =
-            lock(&memory.spaces).iter().map(|watch| Arc::clone(&watch.space)).collect();
-        for (process, range) in &memory.prefetch.late {
-            if memory.stopped.load(Ordering::Acquire) {
-                return;
-            }
-            let of = |space: &&Arc<AddressSpace>| space.process() == *process && !space.is_child();
-            let Some(space) = spaces.iter().find(of) else { continue };
-            match space.prefetch(range, buffers) {
-                Ok(pages) => {
-                    memory.prefetched.fetch_add(pages, Ordering::Relaxed);
+    /// Puts the working set back if that was left for when the sandbox runs.
+    pub(crate) fn prefetch(&self, memory: &Arc<Returning>, buffers: &mut RestoreBuffers) {
+        if !memory.prefetch_late {
+            return;
+        }
+        for (process, ranges) in memory.prefetch.ranges.iter().enumerate() {
+            let of = |watch: &&Watch| watch.space.process() == process && !watch.space.is_child();
+            let found = lock(&memory.spaces).iter().find(of).map(|w| (w.key, Arc::clone(&w.space)));
+            let Some((key, space)) = found else { continue };
+            for PrefetchRange { range, written } in ranges {
+                for range in slices(range.clone(), SLICE) {
+                    if memory.stopped.load(Ordering::Acquire) {
+                        return;
+                    }
+                    match space.prefetch(&PrefetchRange { range, written: *written }, buffers) {
+                        Ok(pages) => {
+                            memory.prefetched.fetch_add(pages, Ordering::Relaxed);
+                        }
+                        Err(error) if error.is_gone() => return,
+                        Err(error) => return (memory.kill)(&error.to_string()),
+                    }
+                    // Who waits for the space's lock may be kept from it by who has it all the time.
+                    self.shared.serve(memory, &space, key, buffers);
                 }
-                Err(error) if error.is_gone() => return,
-                Err(error) => return (memory.kill)(&error.to_string()),
             }
         }
     }
@@ -255,16 +262,6 @@ impl Returning {
     /// The restore's number.
     pub(crate) fn number(&self) -> u64 {
         self.number
-    }
-
-    /// Pages put back with each one that a thread waits for: none while it is being learned which
-    /// pages are needed.
-    fn neighbours(&self) -> u64 {
-        if self.learning {
-            return 1;
-        }
-        let doublings = self.faults.load(Ordering::Relaxed) / SURPRISES;
-        MOST_NEIGHBOURS.min(NEIGHBOURS << doublings.min(8))
     }
 
     /// How long ago the restore was.
@@ -381,22 +378,21 @@ impl Shared {
                 let key = event.data();
                 let found = lock(&self.watched).get(&key).cloned();
                 let Some((space, memory)) = found else { continue };
-                let mut served = Served::default();
-                let result = space.serve(memory.neighbours(), &mut buffers, &mut served);
-                self.settle(&memory, &space, served, result, key);
+                self.serve(&memory, &space, key, &mut buffers);
             }
         }
     }
 
-    /// Notes what serving a space did, and waits for its next fault.
-    fn settle(
+    /// Answers the faults of a space that there are, and waits for the next.
+    fn serve(
         &self,
         memory: &Arc<Returning>,
         space: &AddressSpace,
-        mut served: Served,
-        result: Result<(), RestoreError>,
         key: u64,
+        buffers: &mut RestoreBuffers,
     ) {
+        let mut served = Served::default();
+        let result = space.serve(NEIGHBOURS, buffers, &mut served);
         memory.record(space.process(), &served);
         if !served.children.is_empty() {
             // A sandbox may fork for each request.
@@ -561,7 +557,7 @@ mod tests {
         let spaces: Vec<_> = revived.spaces.iter().map(Arc::downgrade).collect();
         let service = Service::start().expect("threads");
         service
-            .serve(revived, Prefetch::default(), false, Box::new(|_| {}))
+            .serve(revived, Prefetch::default(), false, false, Box::new(|_| {}))
             .err()
             .expect("refused");
         assert!(lock(&service.shared.watched).is_empty());

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use medes_agent::restore::{HeldImage, RestoreBuffers};
 use medes_agent::view::SpaceView;
-use medes_agent::working_set::WorkingSet;
+use medes_agent::working_set::{Prefetch, WorkingSet};
 use medes_core::SandboxId;
 use medes_runtime::lambda::deadline_ms;
 use medes_runtime::{LambdaApi, Request, RuntimeEvent};
@@ -519,20 +519,22 @@ impl Held {
         buffers: &mut RestoreBuffers,
         start: Instant,
     ) -> Result<(Arc<Returning>, Restored), String> {
-        let mut prefetch =
+        let prefetch =
             lock(&self.common.working_sets).entry(self.working_set).or_default().prefetch();
-        if image.is_partly_there() {
-            // A request took the sandbox back while it was going, and waits.
-            prefetch = prefetch.postponed();
-        }
-        let revived = image.revive(&prefetch, buffers).map_err(|e| e.to_string())?;
+        // A request took the sandbox back while its memory was going, and waits: what is gone comes
+        // back while it runs.
+        let (before, after) = match image.is_partly_there() {
+            true => (&Prefetch::default(), true),
+            false => (&prefetch, false),
+        };
+        let revived = image.revive(before, buffers).map_err(|e| e.to_string())?;
         let pages = revived.pages;
         let (id, cgroup) = (self.id, self.running.cgroup().clone());
         let kill = move |why: &str| {
             tracing::error!(sandbox = %id, why, "memory can't be brought back; killing the sandbox");
             let _ = cgroup.order_kill();
         };
-        let memory = self.common.service.serve(revived, prefetch, fill, Box::new(kill));
+        let memory = self.common.service.serve(revived, prefetch, after, fill, Box::new(kill));
         let memory = memory.map_err(|e| format!("serving faults: {e}"))?;
         let pages_us = micros(start);
         if let Err(error) = self.running.cgroup().thaw() {
@@ -560,7 +562,7 @@ impl Held {
         Ok(())
     }
 
-    /// Puts the part of the working set back that is left for when the sandbox runs. Blocks.
+    /// Puts the working set back if that was left for when the sandbox runs. Blocks.
     pub(crate) fn prefetch(&self, buffers: &mut RestoreBuffers) {
         let memory = match &self.lock().memory {
             Memory::Returning(memory) => Arc::clone(memory),

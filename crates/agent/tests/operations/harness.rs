@@ -12,6 +12,7 @@ use medes_agent::RestoreError;
 use medes_agent::dedup::{
     Cancel, DedupError, Deduplicated, Holder, Operation, Options, Previous, Subject,
 };
+use medes_agent::image::ProcessTable;
 use medes_agent::index::ImageIndex;
 use medes_agent::restore::{AddressSpace, Filling, HeldImage, RestoreBuffers, Revived, Served};
 use medes_agent::view::SpaceView;
@@ -228,9 +229,9 @@ impl Bench {
         let mut buffers = RestoreBuffers::default();
         let revived = image.revive(&Prefetch::default(), &mut buffers).expect("revives");
         target.cgroup.thaw().expect("thaws");
-        let faults = serve_while(&revived, || meanwhile(target));
+        let served = serve_while(&revived, || meanwhile(target));
         finish(&revived, false);
-        faults
+        served.faults
     }
 
     /// As [`Bench::restore`], with the memory watched from then on; some of it stays away unless
@@ -250,6 +251,17 @@ impl Bench {
             finish(&revived, true);
         }
         *self.watched.lock().unwrap() = revived.spaces;
+    }
+
+    /// As [`Bench::restore`], with a working set. Returns which pages of the first process were
+    /// touched and not in it.
+    pub fn restore_with(&self, target: &mut Target, working_set: &Prefetch) -> Vec<u64> {
+        let image = self.held.lock().unwrap().take().expect("an image is held");
+        let revived = image.revive(working_set, &mut RestoreBuffers::default()).expect("revives");
+        target.cgroup.thaw().expect("thaws");
+        let served = serve_while(&revived, || target.check());
+        finish(&revived, false);
+        served.touched
     }
 
     /// Serves the memory that is watched while `meanwhile` runs.
@@ -288,22 +300,27 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Serves faults on a thread of its own while `work` runs; returns how many there were.
-pub fn serve_while(revived: &Revived, work: impl FnOnce()) -> u64 {
+/// The pages that an image has of each of its processes.
+pub fn pages_of(view: Arc<View>, image: &HeldImage) -> Vec<Vec<Range<u64>>> {
+    let index = ImageIndex::open(view, image.image()).expect("an image");
+    let of_process = |table: &ProcessTable| table.runs.iter().map(|r| r.address..r.end()).collect();
+    index.table().processes.iter().map(of_process).collect()
+}
+
+/// Serves faults on a thread of its own while `work` runs; returns what it did.
+pub fn serve_while(revived: &Revived, work: impl FnOnce()) -> Served {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let server = scope.spawn(|| {
             let mut buffers = RestoreBuffers::default();
-            let mut faults = 0;
+            let mut served = Served::default();
             while !stop.load(Ordering::Acquire) {
                 for space in &revived.spaces {
-                    let mut served = Served::default();
                     space.serve(1, &mut buffers, &mut served).expect("serves");
-                    faults += served.faults;
                 }
                 std::thread::yield_now();
             }
-            faults
+            served
         });
         let stopping = Stop(&stop);
         work();

@@ -12,7 +12,7 @@ use harness::{Bench, Target};
 use medes_agent::RestoreError;
 use medes_agent::dedup::{Cancel, DedupError, Hindrance};
 use medes_agent::restore::{Filling, RestoreBuffers, Served};
-use medes_agent::working_set::Prefetch;
+use medes_agent::working_set::{Prefetch, WorkingSet};
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
 use medes_memory::pages::{PageClass, PageRun};
 use medes_memory::writer::write_pages;
@@ -86,6 +86,23 @@ fn memory_comes_back_as_it_was_over_many_cycles() {
         bench.give_back(done);
         second.check();
     }
+}
+
+#[test]
+fn what_was_touched_is_there_the_next_time() {
+    let bench = bench();
+    let mut target = Target::start(3);
+    let mut set = WorkingSet::default();
+    let mut faults = Vec::new();
+    for _ in 0..3 {
+        let done = bench.dedup(&target, false).expect("deduplicates");
+        let touched = bench.restore_with(&mut target, &set.prefetch());
+        set.touched(0, &touched);
+        faults.push(touched.len());
+        bench.give_back(done);
+    }
+    // A few are left out to see whether they are needed.
+    assert!(faults[0] > 1000 && faults[2] * 20 < faults[0], "{faults:?}");
 }
 
 #[test]

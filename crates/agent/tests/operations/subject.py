@@ -1,6 +1,7 @@
 """A process whose memory is taken away and brought back: it knows what has to be in it."""
 
 import hashlib
+import mmap
 import random
 import sys
 import threading
@@ -13,6 +14,9 @@ common = bytearray(random.Random(0).randbytes(6 << 20))
 for _ in range(200):
     common[source.randrange(len(common))] = source.randrange(256)
 own = source.randbytes(1 << 20)
+# Read again and again, and never written to.
+zeros = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+zeros[0] = 1
 objects = [(n, str(n * seed), {n: seed}) for n in range(20000)]
 ticks = 0
 
@@ -30,6 +34,7 @@ threading.Thread(target=tick, daemon=True).start()
 def digest():
     h = hashlib.sha256(common)
     h.update(own)
+    h.update(zeros)
     h.update(repr(objects).encode())
     return h.hexdigest()
 

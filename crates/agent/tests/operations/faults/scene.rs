@@ -19,10 +19,10 @@ use medes_sandbox::Cgroup;
 use medes_store::{ImageHandle, View};
 use nix::poll::{PollFd, PollFlags, poll};
 
-use crate::harness::Target;
+use crate::harness::{Target, pages_of};
 
-/// Where programs' memory is that is neither their own data nor their heap.
-const UPPER: Range<u64> = 0x7000_0000_0000..1 << 47;
+/// Where programs' memory begins that is neither their own data nor their heap.
+const UPPER: u64 = 0x7000_0000_0000;
 
 /// Where a sandbox's memory is, as the keeper knows it.
 #[derive(Default)]
@@ -83,7 +83,10 @@ impl Keeping {
         };
         let mut buffers = RestoreBuffers::default();
         // Of the first process most beforehand, of the others nothing.
-        let early = Prefetch::of(&[Vec::from([UPPER])]);
+        let mut early = pages_of(Arc::clone(&self.view), &image);
+        early.truncate(1);
+        early[0].retain(|range| range.start >= UPPER);
+        let early = Prefetch::of(&early);
         let revived = image.revive(&early, &mut buffers).map_err(|error| error.to_string())?;
         *memory = Memory::Returning(revived.spaces.clone());
         drop(memory);

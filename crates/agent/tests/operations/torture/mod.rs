@@ -22,7 +22,7 @@ use medes_memory::tracee::SeizeError;
 use medes_sandbox::Cgroup;
 
 use crate::bench;
-use crate::harness::{Bench, Target};
+use crate::harness::{Bench, Target, pages_of};
 
 /// Tries of a dedup operation until something that comes and goes was not in its way.
 const TRIES: usize = 200;
@@ -174,11 +174,9 @@ impl Torture<'_> {
         self.random.pause(Duration::from_millis(2));
         let image = self.bench.held.lock().unwrap().take().expect("an image is held");
         // Nothing beforehand, or everything, or what lies high.
-        let beforehand = match self.random.below(4) {
-            0 => vec![vec![0..1 << 47]; 16],
-            1 => vec![vec![0x7000_0000_0000..1 << 47]; 16],
-            _ => Vec::new(),
-        };
+        let mut beforehand = pages_of(self.bench.view(), &image);
+        let from = [0, 0x7000_0000_0000, u64::MAX, u64::MAX][self.random.below(4) as usize];
+        beforehand.iter_mut().for_each(|pages| pages.retain(|range| range.start >= from));
         let revived = image.revive(&Prefetch::of(&beforehand), &mut RestoreBuffers::default());
         let revived = revived.unwrap_or_else(|error| panic!("not revived: {error}"));
         self.service.begin(1 << self.random.below(4));
