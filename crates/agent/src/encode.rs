@@ -1,6 +1,8 @@
 //! Finding, for each page, the cheapest way to bring it back.
 //!
-//! In this order, each step only for the pages that the one before left over:
+//! A page that an earlier image of the same sandbox has a patch for gets one like it, if it is still
+//! about as small. Otherwise, in this order, each step only for the pages that the one before left
+//! over:
 //!
 //! 1. a page of zeros needs nothing;
 //! 2. the base page that lay at the same address in a sandbox of the same function: equal, or
@@ -51,6 +53,17 @@ pub enum PageSource {
     },
 }
 
+/// Where an earlier image has a page from.
+#[derive(Clone, Copy, Debug)]
+pub struct Before<'a> {
+    /// Its source.
+    pub source: PageSource,
+    /// Its patch, if that is a patch.
+    pub patch: &'a [u8],
+    /// Whether the page still is what the image has.
+    pub same: bool,
+}
+
 /// Why encoding failed.
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeError {
@@ -96,6 +109,8 @@ pub struct PageEncoder<'a> {
     candidates: Vec<Option<Candidate>>,
     open: Vec<(usize, Option<PageRef>)>,
     trial: Vec<u8>,
+    /// Patches like earlier ones, in the batch's order.
+    alike: Vec<u8>,
     decoded: Box<Page>,
     stop: Option<&'a AtomicBool>,
 }
@@ -114,6 +129,7 @@ impl<'a> PageEncoder<'a> {
             candidates: Vec::new(),
             open: Vec::new(),
             trial: Vec::new(),
+            alike: Vec::new(),
             decoded: Box::new([0; PAGE_SIZE]),
             stop: None,
         }
@@ -127,7 +143,8 @@ impl<'a> PageEncoder<'a> {
         self
     }
 
-    /// Encodes a batch: page `n` of `pages` lay at `addresses[n]`. Appends one source per page to
+    /// Encodes a batch: page `n` of `pages` lay at `addresses[n]`, and an earlier image has
+    /// `before[n]` of it, or of none of them if that is empty. Appends one source per page to
     /// `sources`, and the patches, in the same order, to `patches`.
     ///
     /// # Errors
@@ -136,14 +153,22 @@ impl<'a> PageEncoder<'a> {
         &mut self,
         addresses: &[u64],
         pages: &[Page],
+        before: &[Option<Before<'_>>],
         sources: &mut Vec<PageSource>,
         patches: &mut Vec<u8>,
     ) -> Result<(), EncodeError> {
         let first = sources.len();
         self.open.clear();
+        self.alike.clear();
         self.fingerprints.clear();
         self.candidates.clear();
         for (n, (address, page)) in addresses.iter().zip(pages).enumerate() {
+            if let Some(Some(before)) = before.get(n)
+                && let Some(source) = self.like(before, page)?
+            {
+                sources.push(source);
+                continue;
+            }
             let settled = self.without_fingerprint(*address, page);
             if let Err(near_miss) = settled {
                 self.open.push((n, near_miss));
@@ -155,8 +180,17 @@ impl<'a> PageEncoder<'a> {
         let Bases { registry, domain, near, scope, .. } = self.bases;
         registry.lookup_within(domain, near, scope, &self.fingerprints, &mut self.candidates)?;
         let mut open = std::mem::take(&mut self.open).into_iter().zip(0..).peekable();
+        let mut alike = 0;
         for n in 0..pages.len() {
-            let PageSource::Patch { base: same_place, .. } = sources[first + n] else { continue };
+            let PageSource::Patch { base: same_place, length, .. } = sources[first + n] else {
+                continue;
+            };
+            if length > 0 {
+                let end = alike + usize::from(length);
+                patches.extend_from_slice(&self.alike[alike..end]);
+                alike = end;
+                continue;
+            }
             if self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
                 return Err(EncodeError::Stopped);
             }
@@ -169,6 +203,35 @@ impl<'a> PageEncoder<'a> {
         }
         self.open = Vec::new();
         Ok(())
+    }
+
+    /// A patch like the one that an earlier image has of the page, appended to `self.alike`, or the
+    /// base page that the page has become; `None` if there is a reason to look further.
+    fn like(
+        &mut self,
+        before: &Before<'_>,
+        page: &Page,
+    ) -> Result<Option<PageSource>, EncodeError> {
+        let PageSource::Patch { base: at, .. } = before.source else { return Ok(None) };
+        let base = at.and_then(|at| self.base_page(at));
+        if let Some(at) = at
+            && base == Some(page)
+        {
+            return Ok(Some(PageSource::Base(at)));
+        }
+        if is_zero(page) || at.is_some() && base.is_none() {
+            return Ok(None);
+        }
+        let start = self.alike.len();
+        if !self.encoder.encode_like(before.patch, page, base, &mut self.alike) {
+            return Ok(None);
+        }
+        self.decoder.decode(&self.alike[start..], base, &mut self.decoded)?;
+        if *self.decoded != *page {
+            return Err(EncodeError::Differs);
+        }
+        let length = (self.alike.len() - start) as u16;
+        Ok(Some(PageSource::Patch { length, check: check(page), base: at }))
     }
 
     /// Steps 1 to 3. A page with a near miss at the same address is `Ok(Patch)` if it is near
@@ -317,7 +380,7 @@ mod tests {
             let mut encoder = encoder.stop_on(&stop);
             let (mut sources, mut patches) = (Vec::new(), Vec::new());
             let mut encode = |encoder: &mut PageEncoder<'_>| {
-                encoder.encode(&[ADDRESS], &[page(2)], &mut sources, &mut patches)
+                encoder.encode(&[ADDRESS], &[page(2)], &[], &mut sources, &mut patches)
             };
             encode(&mut encoder).expect("not stopped");
             stop.store(true, Ordering::Relaxed);
@@ -338,7 +401,7 @@ mod tests {
             for (words, alike) in [(1, true), (FEW_WORDS + 1, true), (MANY_WORDS + 1, false)] {
                 let (mut sources, mut patches) = (Vec::new(), Vec::new());
                 encoder
-                    .encode(&[ADDRESS], &[changed(words)], &mut sources, &mut patches)
+                    .encode(&[ADDRESS], &[changed(words)], &[], &mut sources, &mut patches)
                     .expect("encodes");
                 let has_base = matches!(sources[0], PageSource::Patch { base: Some(_), .. });
                 assert_eq!(has_base, alike, "{words}");

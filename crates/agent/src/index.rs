@@ -183,15 +183,15 @@ impl ImageIndex {
         Ok(())
     }
 
-    /// Calls `found` for those of `pages` that the image has exactly like this, where they lie one
-    /// after the other from `address` on: number, source, patch.
-    pub fn for_each_equal<'s>(
+    /// Calls `found` for those of `pages` that the image has, where they lie one after the other from
+    /// `address` on: number, source, patch, and whether the image has exactly this content.
+    pub fn for_each_known<'s>(
         &'s self,
         process: usize,
         address: u64,
         pages: &[Page],
         decoder: &mut Decoder,
-        mut found: impl FnMut(usize, PageSource, &'s [u8]),
+        mut found: impl FnMut(usize, PageSource, &'s [u8], bool),
     ) {
         let mut decoded = [0; PAGE_SIZE];
         let range = address..address + (pages.len() * PAGE_SIZE) as u64;
@@ -205,9 +205,7 @@ impl ImageIndex {
                     decoder.decode(patch, base, &mut decoded).is_ok() && decoded == pages[n]
                 }
             };
-            if equal {
-                found(n, source, patch);
-            }
+            found(n, source, patch, equal);
             Ok(())
         });
         let Ok(()) = all;

@@ -39,6 +39,8 @@ pub struct MappingPlan {
     pub kind: MappingKind,
     /// Whether it is the `brk` heap.
     pub heap: bool,
+    /// The private pages that are there, by address.
+    pub there: Vec<Range<u64>>,
     /// Runs of pages that are read and encoded, by address.
     pub runs: Vec<PageRun>,
     /// The rest of what is kept in the image: pages that are as an earlier image has them.
@@ -187,7 +189,7 @@ impl ProcessPlan {
         let (flagged, scanned) = (flagged.map_err(look)?, scanned.map_err(look)?);
         let mut flagged = flagged.iter();
         let mut mappings = Vec::with_capacity(scanned.len());
-        for Scanned { range, mut runs, reused, known } in scanned {
+        for Scanned { range, there, mut runs, reused, known } in scanned {
             // Both are in order, and a frozen process maps nothing.
             let mapping = flagged.find(|mapping| mapping.range() == range);
             let mapping = mapping.ok_or_else(|| look(io::ErrorKind::NotFound.into()))?;
@@ -203,7 +205,7 @@ impl ProcessPlan {
             }
             let Range { start, end } = range;
             let heap = mapping.kind == medes_memory::mappings::MappingKind::Heap;
-            mappings.push(MappingPlan { start, end, kind, heap, runs, reused, known });
+            mappings.push(MappingPlan { start, end, kind, heap, there, runs, reused, known });
         }
         Ok(Self { pid, mappings })
     }
@@ -212,6 +214,7 @@ impl ProcessPlan {
 /// What a look at one mapping's pages found.
 struct Scanned {
     range: Range<u64>,
+    there: Vec<Range<u64>>,
     runs: Vec<PageRun>,
     reused: Vec<Reused>,
     known: Vec<Reused>,
@@ -233,6 +236,7 @@ fn scan(
         }
         let mut runs = Vec::new();
         scanner.scan(mapping, &mut runs)?;
+        let there = runs.iter().map(PageRun::range).collect();
         let known = match space {
             Some(space) if mapping.is_anonymous() => space.of_image(&mapping.range()),
             _ => Vec::new(),
@@ -248,7 +252,7 @@ fn scan(
             true => Vec::new(),
             false => split_unwritten(&mut scanner, &known, &mut runs)?,
         };
-        scanned.push(Scanned { range: mapping.range(), runs, reused, known });
+        scanned.push(Scanned { range: mapping.range(), there, runs, reused, known });
     }
     Ok(scanned)
 }

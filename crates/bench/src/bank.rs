@@ -167,7 +167,7 @@ impl Bank {
         batches
             .map(|(addresses, pages)| {
                 let mut batch = EncodedBatch::default();
-                encoder.encode(addresses, pages, &mut batch.sources, &mut batch.patches)?;
+                encoder.encode(addresses, pages, &[], &mut batch.sources, &mut batch.patches)?;
                 Ok(batch)
             })
             .collect()

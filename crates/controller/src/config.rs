@@ -64,7 +64,7 @@ pub enum PartialRestore {
     Pressure,
     /// Always.
     Always,
-    /// Never: all are brought back in the background.
+    /// Never: all are brought back in the background, once a sandbox turns out to be used often.
     Never,
 }
 

@@ -50,7 +50,8 @@ pub(crate) struct Returning {
     processes: usize,
     /// The address spaces while somebody else has them, in the image's order.
     suspended: Mutex<Vec<Arc<AddressSpace>>>,
-    concluded: AtomicBool,
+    /// Requests that are over.
+    requests: AtomicU64,
     /// No more filling: the sandbox is gone, or somebody else has its memory.
     stopped: AtomicBool,
     /// Held while pages are filled in.
@@ -137,7 +138,7 @@ impl Service {
             prefetch,
             prefetch_late: late,
             processes: revived.spaces.len(),
-            concluded: false.into(),
+            requests: 0.into(),
             stopped: false.into(),
             filling: Mutex::default(),
             filled: false.into(),
@@ -247,14 +248,14 @@ impl Service {
 }
 
 impl Returning {
-    /// Tells the working set what was touched since the last time. The first time, after the first
-    /// request since the restore, concludes the trial of what was left out.
+    /// A request is over: tells the working set what was touched since the last time. The first
+    /// request since the restore concludes the trial of what was left out.
     pub(crate) fn teach(&self, set: &mut WorkingSet) {
         let touched = std::mem::take(&mut *lock(&self.touched));
         for (process, addresses) in touched.iter().enumerate() {
             set.touched(process, addresses);
         }
-        if !self.concluded.swap(true, Ordering::AcqRel) {
+        if self.requests.fetch_add(1, Ordering::AcqRel) == 0 {
             set.conclude(&self.prefetch, &touched);
         }
     }
@@ -267,6 +268,11 @@ impl Returning {
     /// How long ago the restore was.
     pub(crate) fn age(&self) -> Duration {
         self.since.elapsed()
+    }
+
+    /// How many requests have come to their end since the restore.
+    pub(crate) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Acquire)
     }
 
     /// Whether all is back.

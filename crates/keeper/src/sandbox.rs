@@ -36,8 +36,13 @@ const IDLE_LIMIT: Duration = Duration::from_millis(500);
 /// How long a sandbox has had no request when the memory that nobody has touched is filled in.
 const QUIET: Duration = Duration::from_millis(100);
 
-/// How long after a restore it is filled in although requests go on: it keeps them waiting for a
-/// page now and then otherwise, and what was kept for it is not freed.
+/// How many requests a restored sandbox has had before. One that comes for a single request and goes
+/// again needs its working set and no more, and what was filled in would have to be dropped again.
+const OFTEN: u64 = 3;
+
+/// How long after a restore it is filled in at the next request, however few there were and although
+/// they go on: it keeps them waiting for a page now and then otherwise, and what was kept for it is
+/// not freed.
 const BUSY: Duration = Duration::from_secs(5);
 
 /// A sandbox: its process, its Runtime API, and who waits for it.
@@ -272,7 +277,8 @@ impl Held {
             // Not while requests come one after the other: filling in costs them more than the
             // few pages that they have to wait for.
             let quiet = held.requests.load(Ordering::Acquire) == requests;
-            if (quiet || of.age() > BUSY) && of.take_fill_order() {
+            let due = quiet && of.requests() >= OFTEN || of.age() > BUSY;
+            if due && of.take_fill_order() {
                 held.fill(&of);
             }
         });

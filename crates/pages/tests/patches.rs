@@ -213,6 +213,19 @@ fn change(page: &mut Page, change: &Change) {
     }
 }
 
+#[test]
+fn a_page_that_changed_a_little_gets_a_patch_like_the_one_before() {
+    for (kind, page, base, model) in one_of_each() {
+        let mut changed = page;
+        changed[2000] ^= 1;
+        let mut out = Vec::new();
+        let alike = Encoder::new().encode_like(&model, &changed, Some(&base), &mut out);
+        // Nothing is gained by knowing that it was one of these.
+        let never = [Encoding::Zero, Encoding::Equal, Encoding::Raw].contains(&kind);
+        assert_eq!(alike, !never, "{kind:?}");
+    }
+}
+
 proptest! {
     #[test]
     fn any_page_comes_back(
@@ -243,6 +256,34 @@ proptest! {
             prop_assert_eq!(&reused, &fresh);
             decoder.decode(&reused, base, &mut out).unwrap();
             prop_assert!(out == *page);
+        }
+    }
+
+    #[test]
+    fn a_patch_like_another_gives_its_page_back_and_is_hardly_larger(
+        (page, base, later) in (any_page(), any_page(), any_page()),
+        steps in vec(any_change(), 0..6),
+        with_base in any::<bool>(),
+        close in any::<bool>(),
+    ) {
+        let base = with_base.then_some(&base);
+        let mut encoder = Encoder::new();
+        let mut model = Vec::new();
+        encoder.encode(&page, base, &mut model);
+        let mut changed = if close { page } else { later };
+        for step in &steps {
+            change(&mut changed, step);
+        }
+        let mut out = b"before".to_vec();
+        if encoder.encode_like(&model, &changed, base, &mut out) {
+            let patch = out.strip_prefix(b"before").unwrap();
+            prop_assert!(patch.len() <= (model.len() + model.len() / 16).max(96));
+            prop_assert_eq!(encoding(patch), encoding(&model));
+            let mut decoded = [0xa5; PAGE_SIZE];
+            Decoder::new().decode(patch, base, &mut decoded).unwrap();
+            prop_assert!(decoded == changed);
+        } else {
+            prop_assert_eq!(out, b"before");
         }
     }
 

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::batch::{BATCH, Batch, Known, hash, page_buffer};
 use super::{Counts, DedupError, Hindrance, Operation, Subject};
-use crate::encode::{Bases, EncodeError, PageEncoder, PageSource};
+use crate::encode::{Bases, Before, EncodeError, PageEncoder, PageSource};
 use crate::index::ImageIndex;
 
 /// An image may take at most three quarters of the pages that it stands for.
@@ -39,49 +39,50 @@ struct Part {
     hash: Option<u64>,
 }
 
-/// A page that is as an earlier image has it.
-type Unchanged<'a> = Option<(PageSource, &'a [u8])>;
-
-/// Which pages of a batch an earlier image has exactly like this. A page that was written to often
-/// is: a reference count went up and down again.
-fn unchanged<'a>(
+/// What an earlier image has of each page of a batch, and whether that is what it still is. A page
+/// that was written to often is: a reference count went up and down again.
+fn before<'a>(
     batch: &Batch,
     pages: &[Page],
     old: &'a ImageIndex,
     decoder: &mut Decoder,
-) -> Vec<Unchanged<'a>> {
+) -> Vec<Option<Before<'a>>> {
     let mut all = vec![None; pages.len()];
     for Known { pages: which, origin } in &batch.known {
         let first = which.start;
-        old.for_each_equal(batch.process, *origin, &pages[which.clone()], decoder, |n, s, p| {
-            all[first + n] = Some((s, p));
+        let of_batch = &pages[which.clone()];
+        old.for_each_known(batch.process, *origin, of_batch, decoder, |n, source, patch, same| {
+            all[first + n] = Some(Before { source, patch, same });
         });
     }
     all
 }
 
 impl Part {
-    /// Encodes the pages of a batch but those in `known`, if that is not empty.
+    /// Encodes the pages of a batch but those that are the same as `before`, if that is not empty.
     fn encode(
         &mut self,
         encoder: &mut PageEncoder<'_>,
         places: &[u64],
         pages: &[Page],
-        known: &[Unchanged<'_>],
+        before: &[Option<Before<'_>>],
     ) -> Result<(), DedupError> {
+        let is_same = |before: &Option<Before<'_>>| before.is_some_and(|before| before.same);
         let mut at = 0;
         while at < pages.len() {
-            if let Some(Some((source, patch))) = known.get(at) {
+            if let Some(Some(Before { source, patch, same: true })) = before.get(at) {
                 self.sources.push(*source);
                 self.patches.extend_from_slice(patch);
                 self.unchanged += 1;
                 at += 1;
                 continue;
             }
-            let rest = known.iter().skip(at).position(Option::is_some);
+            let rest = before.iter().skip(at).position(is_same);
             let end = rest.map_or(pages.len(), |n| at + n);
             let (places, pages) = (&places[at..end], &pages[at..end]);
-            let encoded = encoder.encode(places, pages, &mut self.sources, &mut self.patches);
+            let before = before.get(at..end).unwrap_or_default();
+            let encoded =
+                encoder.encode(places, pages, before, &mut self.sources, &mut self.patches);
             encoded.map_err(|error| match error {
                 EncodeError::Stopped => DedupError::Cancelled,
                 error => Hindrance::Encode(error).into(),
@@ -175,8 +176,8 @@ impl Operation<'_> {
                 places.extend(batch.addresses());
                 let hash = batch.hashed.then(|| hash(pages));
                 let mut part = Part { hash, ..Part::default() };
-                let known = old.map(|old| unchanged(batch, pages, old, &mut decoder));
-                part.encode(&mut encoder, &places, pages, &known.unwrap_or_default())?;
+                let before = old.map(|old| before(batch, pages, old, &mut decoder));
+                part.encode(&mut encoder, &places, pages, &before.unwrap_or_default())?;
                 let image = part.patches.len() as u64;
                 let image = kept.fetch_add(image, Ordering::Relaxed) + image;
                 if image > all / WORTH.1 * WORTH.0 {

@@ -182,7 +182,7 @@ impl<'m> Bench<'m> {
                 let addresses = &material.addresses[range];
                 let EncodedBatch { sources, patches } = &mut self.out;
                 let buffer = black_box(&self.buffers[..pages.len()]);
-                encoder.encode(addresses, buffer, sources, patches)?;
+                encoder.encode(addresses, buffer, &[], sources, patches)?;
             }
             Operation::Decode | Operation::DecodePatches => {
                 let all = operation == Operation::Decode;
