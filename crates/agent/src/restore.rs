@@ -87,12 +87,6 @@ impl HeldImage {
         self.left = ranges;
     }
 
-    /// Whether some of the memory is where it was ([`HeldImage::leave`]).
-    #[must_use]
-    pub fn is_partly_there(&self) -> bool {
-        self.left.iter().any(|ranges| !ranges.is_empty())
-    }
-
     /// Where the image lies.
     #[must_use]
     pub fn image(&self) -> Extent {

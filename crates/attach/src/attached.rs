@@ -136,6 +136,10 @@ impl Holder for Holding<'_> {
         Ok(())
     }
 
+    fn take_back(&self, _: &[Vec<Range<u64>>]) -> Result<(), String> {
+        Err("nobody takes a group back from an operation".into())
+    }
+
     fn put_back(&self) -> Result<(), String> {
         let held = self.held.lock().take().ok_or("nothing is held")?;
         held.bring_back(self.cells, || {}).map(drop)

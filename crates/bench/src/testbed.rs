@@ -46,10 +46,8 @@ pub struct Testbed {
 /// How a sandbox came back that was wanted while it was being deduplicated; it runs.
 #[derive(Clone, Copy, Debug)]
 pub enum TakenBack {
-    /// As if nothing had happened, after this long.
-    AsItWas(Duration),
-    /// Pages had been dropped already: the rest was left alone, and it was restored, in this time.
-    Restored(Duration),
+    /// After this long.
+    After(Duration),
     /// The operation was over by then, and it was restored.
     Over,
 }
@@ -167,14 +165,19 @@ impl Testbed {
             let asked = std::time::Instant::now();
             node.cancel_dedup(sandbox);
             match operation.await {
-                Err(DedupFailure::Cancelled) => Ok(TakenBack::AsItWas(asked.elapsed())),
+                Err(DedupFailure::Cancelled) => Ok(TakenBack::After(asked.elapsed())),
                 Ok(_) => {
                     node.restore(sandbox, true).await?;
-                    Ok(TakenBack::Restored(asked.elapsed()))
+                    Ok(TakenBack::Over)
                 }
                 Err(error) => Err(error.into()),
             }
         })
+    }
+
+    /// Whether some of a running sandbox's memory is, or was, in the page store.
+    pub fn has_image(&self, sandbox: SandboxId) -> bool {
+        self.node().memory_of(sandbox).is_some_and(|memory| memory.store > 0)
     }
 
     /// Brings a sandbox back.

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Changed whenever the messages change: a daemon does not talk to a keeper of another version.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// The longest frame, bytes: a request's payload and its head.
 const MAX_FRAME: u32 = 16 * 1024 * 1024;
@@ -92,11 +92,19 @@ pub enum Command {
         /// For each process of the image, in order: which ranges.
         ranges: Vec<Vec<Range<u64>>>,
     },
+    /// Bring back, as it is touched, what has been dropped of a sandbox that a request takes back
+    /// while its memory is being dropped. The daemon lets it run.
+    TakeBack {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// For each process of the image, in order: what has not been dropped.
+        left: Vec<Vec<Range<u64>>>,
+    },
     /// Let a dedup sandbox run again, and bring its memory back as it is touched.
     Restore {
         /// The sandbox.
         sandbox: SandboxId,
-        /// Bring back in the background, after the first request, what nobody touched.
+        /// Bring back in the background what nobody touched, if the sandbox is used often.
         fill: bool,
     },
     /// Bring all memory of a running sandbox back now, if some is still away, and watch it no
@@ -238,7 +246,7 @@ pub enum Reply {
         /// What memory has come back since the newest restore, if some is on its way.
         returned: Returned,
     },
-    /// To [`Command::Restore`].
+    /// To [`Command::Restore`] and [`Command::TakeBack`].
     Restored(Restored),
     /// To [`Command::Suspend`]: for each process of the image.
     Suspended(Vec<SpaceView>),

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::protocol::Returned;
@@ -43,9 +43,8 @@ pub(crate) struct Returning {
     fill: AtomicBool,
     spaces: Mutex<Vec<Watch>>,
     touched: Mutex<Vec<Vec<u64>>>,
-    prefetch: Prefetch,
-    /// Whether the working set is put back while the sandbox runs already.
-    prefetch_late: bool,
+    /// Its working set, once that has been put back or is about to be.
+    prefetch: OnceLock<Prefetch>,
     /// How many processes the image has.
     processes: usize,
     /// The address spaces while somebody else has them, in the image's order.
@@ -117,14 +116,12 @@ impl Service {
         Ok(Self { shared, fills })
     }
 
-    /// Serves the faults of a sandbox from now on. `prefetch` is its working set, which has been put
-    /// back, or will be with [`Service::prefetch`] if that is `late`. `kill` is called with the
-    /// reason if serving should become impossible.
+    /// Serves the faults of a sandbox from now on. `prefetch` is its working set, if that has been put
+    /// back. `kill` is called with the reason if serving should become impossible.
     pub(crate) fn serve(
         &self,
         revived: Revived,
-        prefetch: Prefetch,
-        late: bool,
+        prefetch: Option<Prefetch>,
         fill: bool,
         kill: Box<dyn Fn(&str) + Send + Sync>,
     ) -> io::Result<Arc<Returning>> {
@@ -135,8 +132,7 @@ impl Service {
             spaces: Mutex::default(),
             suspended: Mutex::default(),
             touched: Mutex::default(),
-            prefetch,
-            prefetch_late: late,
+            prefetch: prefetch.map(OnceLock::from).unwrap_or_default(),
             processes: revived.spaces.len(),
             requests: 0.into(),
             stopped: false.into(),
@@ -157,12 +153,15 @@ impl Service {
         Ok(memory)
     }
 
-    /// Puts the working set back if that was left for when the sandbox runs.
-    pub(crate) fn prefetch(&self, memory: &Arc<Returning>, buffers: &mut RestoreBuffers) {
-        if !memory.prefetch_late {
-            return;
-        }
-        for (process, ranges) in memory.prefetch.ranges.iter().enumerate() {
+    /// Puts the working set back of a sandbox that runs already.
+    pub(crate) fn prefetch(
+        &self,
+        memory: &Arc<Returning>,
+        prefetch: Prefetch,
+        buffers: &mut RestoreBuffers,
+    ) {
+        let prefetch = memory.prefetch.get_or_init(|| prefetch);
+        for (process, ranges) in prefetch.ranges.iter().enumerate() {
             let of = |watch: &&Watch| watch.space.process() == process && !watch.space.is_child();
             let found = lock(&memory.spaces).iter().find(of).map(|w| (w.key, Arc::clone(&w.space)));
             let Some((key, space)) = found else { continue };
@@ -255,8 +254,10 @@ impl Returning {
         for (process, addresses) in touched.iter().enumerate() {
             set.touched(process, addresses);
         }
-        if self.requests.fetch_add(1, Ordering::AcqRel) == 0 {
-            set.conclude(&self.prefetch, &touched);
+        if self.requests.fetch_add(1, Ordering::AcqRel) == 0
+            && let Some(prefetch) = self.prefetch.get()
+        {
+            set.conclude(prefetch, &touched);
         }
     }
 
@@ -562,10 +563,7 @@ mod tests {
             .expect("nothing to put back");
         let spaces: Vec<_> = revived.spaces.iter().map(Arc::downgrade).collect();
         let service = Service::start().expect("threads");
-        service
-            .serve(revived, Prefetch::default(), false, false, Box::new(|_| {}))
-            .err()
-            .expect("refused");
+        service.serve(revived, None, false, Box::new(|_| {})).err().expect("refused");
         assert!(lock(&service.shared.watched).is_empty());
         assert!(spaces.iter().all(|space| space.strong_count() == 0));
         store.remove_image(image);

@@ -485,17 +485,19 @@ impl Held {
     }
 
     /// Puts back what must be there and lets the sandbox run; the rest of its memory follows as it
-    /// is touched, and with `fill` in the background after the first request. When that fails the
-    /// sandbox is killed: it may not run with missing pages that nobody brings. Blocks.
+    /// is touched, and with `fill` in the background if it is used often. `left` is what of it has
+    /// not been dropped, if a request takes the sandbox back in the middle of that. When it fails
+    /// the sandbox is killed: it may not run with missing pages that nobody brings. Blocks.
     pub(crate) fn restore(
         &self,
         caller: &Caller,
+        left: Option<Vec<Vec<Range<u64>>>>,
         fill: bool,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
         let mut state = self.lock();
         caller.check()?;
-        let image = match std::mem::take(&mut state.memory) {
+        let mut image = match std::mem::take(&mut state.memory) {
             // What there was before is gone for good.
             Memory::Held(image, _) => image,
             other => {
@@ -504,7 +506,10 @@ impl Held {
             }
         };
         let start = Instant::now();
-        let restored = self.revive(image, fill, buffers, start);
+        // A request waits already, and most may be there: what is gone comes back while it runs.
+        let runs = left.is_some();
+        left.into_iter().for_each(|left| image.leave(left));
+        let restored = self.revive(image, runs, fill, buffers, start);
         match restored {
             Ok((memory, restored)) => {
                 state.memory = Memory::Returning(memory);
@@ -518,32 +523,35 @@ impl Held {
         }
     }
 
+    /// What to put back beforehand at this restore.
+    fn working_set(&self) -> Prefetch {
+        lock(&self.common.working_sets).entry(self.working_set).or_default().prefetch()
+    }
+
+    /// Lets the sandbox run with its memory on its way back. If somebody else `runs` it, only what it
+    /// touches comes until [`Held::prefetch`].
     fn revive(
         &self,
         image: HeldImage,
+        runs: bool,
         fill: bool,
         buffers: &mut RestoreBuffers,
         start: Instant,
     ) -> Result<(Arc<Returning>, Restored), String> {
-        let prefetch =
-            lock(&self.common.working_sets).entry(self.working_set).or_default().prefetch();
-        // A request took the sandbox back while its memory was going, and waits: what is gone comes
-        // back while it runs.
-        let (before, after) = match image.is_partly_there() {
-            true => (&Prefetch::default(), true),
-            false => (&prefetch, false),
-        };
-        let revived = image.revive(before, buffers).map_err(|e| e.to_string())?;
+        let prefetch = (!runs).then(|| self.working_set());
+        let nothing = Prefetch::default();
+        let revived = image.revive(prefetch.as_ref().unwrap_or(&nothing), buffers);
+        let revived = revived.map_err(|e| e.to_string())?;
         let pages = revived.pages;
         let (id, cgroup) = (self.id, self.running.cgroup().clone());
         let kill = move |why: &str| {
             tracing::error!(sandbox = %id, why, "memory can't be brought back; killing the sandbox");
             let _ = cgroup.order_kill();
         };
-        let memory = self.common.service.serve(revived, prefetch, after, fill, Box::new(kill));
+        let memory = self.common.service.serve(revived, prefetch, fill, Box::new(kill));
         let memory = memory.map_err(|e| format!("serving faults: {e}"))?;
         let pages_us = micros(start);
-        if let Err(error) = self.running.cgroup().thaw() {
+        if !runs && let Err(error) = self.running.cgroup().thaw() {
             self.common.service.forget(&memory);
             return Err(error.to_string());
         }
@@ -568,13 +576,13 @@ impl Held {
         Ok(())
     }
 
-    /// Puts the working set back if that was left for when the sandbox runs. Blocks.
+    /// Puts the working set back, if the sandbox runs already. Blocks.
     pub(crate) fn prefetch(&self, buffers: &mut RestoreBuffers) {
         let memory = match &self.lock().memory {
             Memory::Returning(memory) => Arc::clone(memory),
             _ => return,
         };
-        self.common.service.prefetch(&memory, buffers);
+        self.common.service.prefetch(&memory, self.working_set(), buffers);
     }
 
     /// How memory has come back since the newest restore.

@@ -237,30 +237,11 @@ impl Shared {
             Command::Left { sandbox, ranges } => {
                 done(self.find(sandbox).and_then(|held| held.leave(caller, ranges)))
             }
-            Command::Restore { sandbox, fill } => {
-                let caller = Arc::clone(caller);
-                let (tell, told) = oneshot::channel();
-                let restore = self.with_buffers(sandbox, move |held, buffers| {
-                    let restored = held.restore(&caller, fill, buffers);
-                    let runs = restored.is_ok();
-                    // The request can be on its way already.
-                    let _ = tell.send(restored);
-                    if runs {
-                        medes_memory::priority::level_this_thread();
-                        held.prefetch(buffers);
-                        medes_memory::priority::raise_this_thread();
-                    }
-                    Ok(())
-                });
-                let restoring = tokio::spawn(restore);
-                match told.await {
-                    Ok(restored) => restored.map_or_else(Reply::Refused, Reply::Restored),
-                    Err(_) => match restoring.await {
-                        Ok(Err(why)) => Reply::Refused(why),
-                        _ => refused("the restore was broken off"),
-                    },
-                }
+            Command::TakeBack { sandbox, left } => {
+                // It is not known whether memory is short: what is used often comes back.
+                self.restore(caller, sandbox, Some(left), true).await
             }
+            Command::Restore { sandbox, fill } => self.restore(caller, sandbox, None, fill).await,
             Command::Complete { sandbox } => {
                 done(self.with_buffers(sandbox, |held, b| held.complete(b)).await)
             }
@@ -278,6 +259,44 @@ impl Shared {
                 self.stop.notify_one();
                 Reply::Done
             }
+        }
+    }
+
+    /// Lets a sandbox run with its memory on its way back. `left` is what of it has not been dropped,
+    /// if somebody was about to.
+    async fn restore(
+        self: Arc<Self>,
+        caller: &Arc<Caller>,
+        sandbox: SandboxId,
+        left: Option<Vec<Vec<Range<u64>>>>,
+        fill: bool,
+    ) -> Reply {
+        let caller = Arc::clone(caller);
+        let (tell, told) = oneshot::channel();
+        let restore = self.with_buffers(sandbox, move |held, buffers| {
+            let is_late = left.is_some();
+            let restored = held.restore(&caller, left, fill, buffers);
+            let runs = restored.is_ok();
+            if is_late {
+                // Whoever is told comes first, and then the sandbox.
+                medes_memory::priority::lower_this_thread();
+            }
+            let _ = tell.send(restored);
+            if is_late {
+                if runs {
+                    held.prefetch(buffers);
+                }
+                medes_memory::priority::raise_this_thread();
+            }
+            Ok(())
+        });
+        let restoring = tokio::spawn(restore);
+        match told.await {
+            Ok(restored) => restored.map_or_else(Reply::Refused, Reply::Restored),
+            Err(_) => match restoring.await {
+                Ok(Err(why)) => Reply::Refused(why),
+                _ => refused("the restore was broken off"),
+            },
         }
     }
 

@@ -293,6 +293,35 @@ impl<F: Freezer> Session<F> {
         self.detach()
     }
 
+    /// Ends injected work and lets every process run on although it may lack pages: somebody brings
+    /// them from now on, as they are touched.
+    ///
+    /// # Errors
+    /// See [`SessionError`]. What could not be led back to where it was is killed.
+    pub fn run_on(mut self) -> Result<(), SessionError> {
+        self.closed = true;
+        let settled = self.settle_all();
+        settled.and(self.detach())
+    }
+
+    /// Ends injected work everywhere; where that fails, kills who lacks pages.
+    fn settle_all(&mut self) -> Result<(), SessionError> {
+        let mut result = Ok(());
+        for process in &mut self.processes {
+            match process.settle() {
+                Ok(()) | Err(InjectError::Gone(_)) => {}
+                Err(error) => {
+                    tracing::error!(pid = process.pid(), %error, "injected work did not end");
+                    if self.lacking.contains(&process.pid()) {
+                        process.kill();
+                    }
+                    result = result.and(Err(error.into()));
+                }
+            }
+        }
+        result
+    }
+
     /// Lets go of every process, children first: should we die in between, those that are killed
     /// take along, with their parent, those that were let go already. Where the first one leads a
     /// pid namespace, that is the kernel's own rule.
@@ -314,19 +343,7 @@ impl<F: Freezer> Session<F> {
         if std::mem::replace(&mut self.closed, true) {
             return Ok(());
         }
-        let mut result = Ok(());
-        for process in &mut self.processes {
-            match process.settle() {
-                Ok(()) | Err(InjectError::Gone(_)) => {}
-                Err(error) => {
-                    tracing::error!(pid = process.pid(), %error, "injected work did not end");
-                    if self.lacking.contains(&process.pid()) {
-                        process.kill();
-                    }
-                    result = result.and(Err(error.into()));
-                }
-            }
-        }
+        let mut result = self.settle_all();
         if let Err(source) = self.freezer.freeze() {
             for process in &self.processes {
                 if self.lacking.contains(&process.pid()) {

@@ -3,8 +3,8 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use medes_agent::dedup::{
@@ -106,7 +106,8 @@ fn operate(shared: &Shared, entry: &Entry, new_base: bool, cancel: &Cancel) -> A
     }
     let before = shared.memory_use(entry);
     let base_before = shared.store.usage().snapshots;
-    let holder = KeeperHolds { keeper: shared.keeper(), sandbox: entry.id };
+    let holder =
+        KeeperHolds { keeper: shared.keeper(), sandbox: entry.id, restore: OnceLock::new() };
     let operation = Operation {
         store: &shared.store,
         registry: &shared.registry,
@@ -147,9 +148,13 @@ fn operate(shared: &Shared, entry: &Entry, new_base: bool, cancel: &Cancel) -> A
     })?;
     let counts = done.counts;
     tracing::debug!(sandbox = %entry.id, ?counts, "deduplicated");
-    let dedup = Deduplicated { image: done.image, userfaults: done.userfaults, restore: None };
+    let restore = holder.restore.get().copied();
+    let dedup = Deduplicated { image: done.image, userfaults: done.userfaults, restore };
     if let Some(before) = entry.dedup.lock().replace(dedup) {
         shared.store.remove_image(before.image);
+    }
+    if done.taken_back {
+        return Err(DedupFailure::Cancelled);
     }
     Ok(DedupReport {
         pages: counts.pages,
@@ -249,6 +254,8 @@ impl Freezer for Group<'_> {
 struct KeeperHolds {
     keeper: Keeper,
     sandbox: SandboxId,
+    /// The number of the restore that a request began before all was dropped.
+    restore: OnceLock<u64>,
 }
 
 impl KeeperHolds {
@@ -289,6 +296,16 @@ impl Holder for KeeperHolds {
 
     fn left(&self, ranges: &[Vec<Range<u64>>]) -> Result<(), String> {
         self.order(Command::Left { sandbox: self.sandbox, ranges: ranges.to_vec() })
+    }
+
+    fn take_back(&self, left: &[Vec<Range<u64>>]) -> Result<(), String> {
+        match self.call(Command::TakeBack { sandbox: self.sandbox, left: left.to_vec() })? {
+            Reply::Restored(done) => {
+                let _ = self.restore.set(done.number);
+                Ok(())
+            }
+            _ => Err(KeeperError::Protocol.to_string()),
+        }
     }
 
     fn put_back(&self) -> Result<(), String> {

@@ -7,7 +7,8 @@
 //!    time, and a request that arrives meanwhile has the sandbox run again at once.
 //! 3. With every thread stopped again: if nobody wrote to the memory, the [`Holder`] takes hold of
 //!    image and userfaultfds, and only then the pages are dropped, in small steps. A request that
-//!    arrives meanwhile stops the dropping, and restores what is gone already.
+//!    arrives meanwhile stops the dropping, and the sandbox runs on; what is gone already comes back
+//!    as it is touched.
 //!
 //! A sandbox that was restored before ([`Previous`]) has its userfaultfds, and only what it wrote
 //! since is read and encoded: of the rest the new image has what the earlier one had.
@@ -93,6 +94,13 @@ pub trait Holder: Sync {
     /// # Errors
     /// Why that is not heeded; the sandbox must be killed then.
     fn left(&self, ranges: &[Vec<Range<u64>>]) -> Result<(), String>;
+
+    /// Brings back what was dropped as it is needed, from now on: a request came while pages were
+    /// being dropped, and the caller lets the sandbox run. `left` is what [`Holder::left`] says.
+    ///
+    /// # Errors
+    /// Why not; the sandbox must be killed then.
+    fn take_back(&self, left: &[Vec<Range<u64>>]) -> Result<(), String>;
 
     /// Puts all back that was dropped, after dropping failed half way, and thaws the sandbox. What
     /// was suspended stays so no longer: nothing is served or watched any more.
@@ -242,7 +250,7 @@ pub struct Counts {
     pub commit_us: u64,
 }
 
-/// A sandbox in the dedup state.
+/// A sandbox in the dedup state, or on its way back from there.
 #[derive(Debug)]
 pub struct Deduplicated {
     /// Its image.
@@ -252,6 +260,9 @@ pub struct Deduplicated {
     pub userfaults: Vec<UserFault>,
     /// What was done.
     pub counts: Counts,
+    /// Whether a request came while pages were being dropped: the sandbox runs, and the holder
+    /// brings back what it lacks ([`Holder::take_back`]).
+    pub taken_back: bool,
 }
 
 impl Counts {
@@ -300,7 +311,8 @@ struct Made {
 
 impl Operation<'_> {
     /// Puts a sandbox, given as a group of processes that can be frozen, into the dedup state. The
-    /// group stays frozen if this succeeds and runs if it is left as it was.
+    /// group stays frozen if this succeeds, unless a request has taken it back, and runs if it is
+    /// left as it was.
     ///
     /// Call it on an OS thread that ends with it ([`medes_memory::session::on_tracer_thread`]).
     ///
@@ -314,8 +326,8 @@ impl Operation<'_> {
     ) -> Result<Deduplicated, DedupError> {
         let mut standing = Standing::new(freezer, holder, self.cancel);
         match self.run(&mut standing, previous) {
-            Ok((image, counts)) => {
-                Ok(Deduplicated { image, userfaults: standing.userfaults, counts })
+            Ok((image, counts, taken_back)) => {
+                Ok(Deduplicated { image, userfaults: standing.userfaults, counts, taken_back })
             }
             Err(error) => Err(standing.give_up(error)),
         }
@@ -325,7 +337,7 @@ impl Operation<'_> {
         &self,
         standing: &mut Standing<'_, F>,
         previous: Option<&Previous>,
-    ) -> Result<(ImageHandle, Counts), DedupError> {
+    ) -> Result<(ImageHandle, Counts, bool), DedupError> {
         let begin = Instant::now();
         standing.freeze()?;
         let spaces = match previous {
@@ -371,14 +383,17 @@ impl Operation<'_> {
         let begin = Instant::now();
         let read = (batches.as_slice(), hashes.as_slice());
         let done = self.commit(standing, &plan, &registered, read, &image, &mut counts);
-        if let Err(error) = done {
-            // Who waits for the sandbox need not wait for what is put away here.
-            let error = standing.give_up(error);
-            self.store.remove_image(image);
-            return Err(error);
-        }
+        let taken_back = match done {
+            Ok(taken_back) => taken_back,
+            Err(error) => {
+                // Who waits for the sandbox need not wait for what is put away here.
+                let error = standing.give_up(error);
+                self.store.remove_image(image);
+                return Err(error);
+            }
+        };
         counts.commit_us = micros(begin);
-        Ok((image, counts))
+        Ok((image, counts, taken_back))
     }
 
     /// Finds out what [`Operation::dedup`] would come to. The processes should be frozen; nothing

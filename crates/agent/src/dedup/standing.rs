@@ -167,9 +167,20 @@ impl<'a, F: Freezer> Standing<'a, F> {
         })
     }
 
-    /// The holder has put all back and let it run: there is nothing left that it could serve on.
+    /// It runs again although some had been dropped: there is nothing left of before that the holder
+    /// could serve on.
     pub(super) fn runs_again(&mut self) {
         (self.phase, self.suspended) = (Phase::Runs, false);
+        self.tell();
+    }
+
+    /// Tells a request, if there is one, that the sandbox runs.
+    fn tell(&self) {
+        if self.cancel.is_requested() {
+            self.cancel.tell();
+            // What is left to do comes after whoever was told.
+            medes_memory::priority::lower_this_thread();
+        }
     }
 
     /// Lets the sandbox run as if nothing had happened because of `error`, unless it is lost.
@@ -196,11 +207,7 @@ impl<'a, F: Freezer> Standing<'a, F> {
             Phase::Restartable => self.freezer.thaw(),
         }
         .map_err(|why| lost("thawing", &why))?;
-        if self.cancel.is_requested() {
-            self.cancel.tell();
-            // What is left to do comes after whoever was told.
-            medes_memory::priority::lower_this_thread();
-        }
+        self.tell();
         if self.fresh {
             release(std::mem::take(&mut self.userfaults));
         }

@@ -222,13 +222,23 @@ impl Bench {
         on_tracer_thread(|| operation.dedup(Group(&target.cgroup), self, previous))
     }
 
+    /// Lets the target run, unless a request has done so already.
+    fn revive(&self, target: &Target, working_set: &Prefetch) -> Revived {
+        let Some(image) = self.held.lock().unwrap().take() else {
+            return Revived {
+                spaces: std::mem::take(&mut *self.watched.lock().unwrap()),
+                pages: 0,
+            };
+        };
+        let revived = image.revive(working_set, &mut RestoreBuffers::default()).expect("revives");
+        target.cgroup.thaw().expect("thaws");
+        revived
+    }
+
     /// Lets the target run with none of its anonymous memory but what it touches, which comes
     /// back as it does, while `meanwhile` runs; then brings everything back.
     pub fn restore(&self, target: &mut Target, meanwhile: impl FnOnce(&mut Target)) -> u64 {
-        let image = self.held.lock().unwrap().take().expect("an image is held");
-        let mut buffers = RestoreBuffers::default();
-        let revived = image.revive(&Prefetch::default(), &mut buffers).expect("revives");
-        target.cgroup.thaw().expect("thaws");
+        let revived = self.revive(target, &Prefetch::default());
         let served = serve_while(&revived, || meanwhile(target));
         finish(&revived, false);
         served.faults
@@ -242,10 +252,7 @@ impl Bench {
         fill: bool,
         meanwhile: impl FnOnce(&mut Target),
     ) {
-        let image = self.held.lock().unwrap().take().expect("an image is held");
-        let revived =
-            image.revive(&Prefetch::default(), &mut RestoreBuffers::default()).expect("revives");
-        target.cgroup.thaw().expect("thaws");
+        let revived = self.revive(target, &Prefetch::default());
         serve_while(&revived, || meanwhile(target));
         if fill {
             finish(&revived, true);
@@ -256,9 +263,7 @@ impl Bench {
     /// As [`Bench::restore`], with a working set. Returns which pages of the first process were
     /// touched and not in it.
     pub fn restore_with(&self, target: &mut Target, working_set: &Prefetch) -> Vec<u64> {
-        let image = self.held.lock().unwrap().take().expect("an image is held");
-        let revived = image.revive(working_set, &mut RestoreBuffers::default()).expect("revives");
-        target.cgroup.thaw().expect("thaws");
+        let revived = self.revive(target, working_set);
         let served = serve_while(&revived, || target.check());
         finish(&revived, false);
         served.touched
@@ -359,6 +364,14 @@ impl Holder for Bench {
     fn left(&self, ranges: &[Vec<Range<u64>>]) -> Result<(), String> {
         let mut held = self.held.lock().unwrap();
         held.as_mut().ok_or("nothing is held")?.leave(ranges.to_vec());
+        Ok(())
+    }
+
+    fn take_back(&self, left: &[Vec<Range<u64>>]) -> Result<(), String> {
+        let mut image = self.held.lock().unwrap().take().ok_or("nothing is held")?;
+        image.leave(left.to_vec());
+        let revived = image.revive(&Prefetch::default(), &mut RestoreBuffers::default());
+        *self.watched.lock().unwrap() = revived.map_err(|e| e.to_string())?.spaces;
         Ok(())
     }
 

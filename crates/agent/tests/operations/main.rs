@@ -301,6 +301,7 @@ fn a_request_cancels_at_any_moment() {
         });
         match done {
             Ok(done) => {
+                cancelled += usize::from(done.taken_back);
                 bench.restore(&mut target, Target::check);
                 bench.give_back(done);
             }

@@ -73,32 +73,40 @@ impl Keeping {
         runs: impl FnOnce(),
         stop: &AtomicBool,
     ) -> Result<(), String> {
-        let mut memory = self.memory();
-        let image = match std::mem::take(&mut *memory) {
-            Memory::Held(image, _) => image,
-            other => {
-                *memory = other;
-                return Err("the sandbox is not in the dedup state".into());
-            }
-        };
         let mut buffers = RestoreBuffers::default();
-        // Of the first process most beforehand, of the others nothing.
-        let mut early = pages_of(Arc::clone(&self.view), &image);
-        early.truncate(1);
-        early[0].retain(|range| range.start >= UPPER);
-        let early = Prefetch::of(&early);
-        let revived = image.revive(&early, &mut buffers).map_err(|error| error.to_string())?;
-        *memory = Memory::Returning(revived.spaces.clone());
-        drop(memory);
-        self.cgroup.thaw().map_err(|error| error.to_string())?;
+        let mut spaces = self.revive(&mut buffers)?;
         runs();
-        let mut spaces = revived.spaces;
         serve(&spaces, stop, &mut buffers).map_err(|error| error.to_string())?;
         fill(&mut spaces, keep, &mut buffers).map_err(|error| error.to_string())?;
         if spaces.is_empty() {
             *self.memory() = Memory::Present;
         }
         Ok(())
+    }
+
+    /// Lets the sandbox run, unless a request has done so already.
+    fn revive(&self, buffers: &mut RestoreBuffers) -> Result<Vec<Arc<AddressSpace>>, String> {
+        let mut memory = self.memory();
+        let image = match std::mem::take(&mut *memory) {
+            Memory::Held(image, _) => image,
+            other => {
+                *memory = other;
+                return match &*memory {
+                    Memory::Returning(spaces) => Ok(spaces.clone()),
+                    _ => Err("the sandbox is not in the dedup state".into()),
+                };
+            }
+        };
+        // Of the first process most beforehand, of the others nothing.
+        let mut early = pages_of(Arc::clone(&self.view), &image);
+        early.truncate(1);
+        early[0].retain(|range| range.start >= UPPER);
+        let early = Prefetch::of(&early);
+        let revived = image.revive(&early, buffers).map_err(|error| error.to_string())?;
+        *memory = Memory::Returning(revived.spaces.clone());
+        drop(memory);
+        self.cgroup.thaw().map_err(|error| error.to_string())?;
+        Ok(revived.spaces)
     }
 }
 
@@ -188,6 +196,17 @@ impl Holder for Keeping {
             }
             _ => Err("nothing is held".into()),
         }
+    }
+
+    fn take_back(&self, left: &[Vec<Range<u64>>]) -> Result<(), String> {
+        self.left(left)?;
+        let mut memory = self.memory();
+        let Memory::Held(image, _) = std::mem::take(&mut *memory) else {
+            return Err("nothing is held".into());
+        };
+        let revived = image.revive(&Prefetch::default(), &mut RestoreBuffers::default());
+        *memory = Memory::Returning(revived.map_err(|error| error.to_string())?.spaces);
+        Ok(())
     }
 
     fn put_back(&self) -> Result<(), String> {
