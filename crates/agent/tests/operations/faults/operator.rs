@@ -1,33 +1,38 @@
-//! The process that operates dies at a step, and another, which holds what it was given, goes on
-//! from there: what the keeper does when its daemon dies.
+//! The process that operates dies at a step. In a dedup another, which holds what it was given, goes
+//! on from there: what the keeper does when its daemon dies. In a restore nobody does: the keeper
+//! itself has died, and what lacks pages has to die with it.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, mpsc};
 
 use medes_agent::dedup::{Cancel, DedupError, Holder, Previous, let_run};
 use medes_agent::index::ImageIndex;
 use medes_agent::restore::HeldImage;
 use medes_agent::view::SpaceView;
 use medes_core::NodeId;
-use medes_faults::{Verdict, die, supervise};
+use medes_faults::{Call, Verdict, die, supervise};
 use medes_memory::descriptor::ProcessHandle;
+use medes_memory::guard::{Guard, Orders};
 use medes_memory::session::on_tracer_thread;
 use medes_memory::userfault::{UserFault, UserFaultFeatures};
 use medes_registry::{LocalRegistry, RegistryConfig};
-use medes_sandbox::CgroupRoot;
+use medes_sandbox::{Cgroup, CgroupRoot};
 use medes_store::{Extent, ImageHandle, Store, View};
 
-use super::scene::{Answer, Memory};
+use super::scene::{Answer, Keeping, Memory, ask};
 use super::steps::{Fault, Injector};
-use super::{Outcome, STORE_BYTES, Samples, Scene, What, alone, operation};
+use super::{Outcome, STORE_BYTES, Samples, Scene, Stop, What, alone, operation};
 use crate::harness::{Bench, Group};
 
 /// Set for the process that operates: where its holder listens, the cgroups' root, the step at
-/// which it dies; and if the sandbox was restored before, where its image lies, and which of the
+/// which it dies, what it does; and if the sandbox has an image, where that lies, and which of the
 /// inherited descriptors are the store's memory file and the userfaultfds.
 const OPERATOR: &str = "MEDES_FAULTS_OPERATOR";
 
@@ -42,6 +47,11 @@ fn the_operator_is_killed() {
 #[test]
 fn the_operator_of_a_second_dedup_is_killed() {
     sweep_deaths(What::Again);
+}
+
+#[test]
+fn the_operator_of_a_restore_is_killed() {
+    sweep_deaths(What::Restore);
 }
 
 fn sweep_deaths(what: What) {
@@ -61,7 +71,8 @@ fn sweep_deaths(what: What) {
         }
         let [done, as_it_was, dead] = counts;
         println!("{name}: {steps} steps; done {done}, as it was {as_it_was}, dead {dead}");
-        assert!(dead > 0 && as_it_was > 0);
+        // A restore that is over leaves nothing that has to die.
+        assert!(dead > 0 && if what == What::Restore { done > 0 } else { as_it_was > 0 });
     });
 }
 
@@ -73,7 +84,7 @@ fn attempt(scene: &mut Scene, what: What, at: u64) -> (Outcome, u64) {
     let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket).expect("a socket");
     let root = scene.target.root_name();
-    let mut orders = format!("{} {root} {at}", socket.display());
+    let mut orders = format!("{} {root} {at} {what:?}", socket.display());
     let mut inherited: Vec<OwnedFd> = Vec::new();
     if let Some(before) = &scene.before {
         let Extent { start, pages } = before.image.extent();
@@ -92,11 +103,19 @@ fn attempt(scene: &mut Scene, what: What, at: u64) -> (Outcome, u64) {
     operator.env(OPERATOR, orders).stdout(Stdio::null()).stdin(Stdio::null());
     let mut operator = operator.spawn().expect("starts");
     drop(inherited);
+    if what == What::Restore {
+        // Whoever else had the userfaultfds would keep those who wait for pages waiting.
+        *scene.keeping.memory() = Memory::Present;
+        scene.before.iter_mut().for_each(|before| before.userfaults.clear());
+    }
     let (stream, _) = listener.accept().expect("the operator");
     std::fs::remove_file(&socket).expect("a socket");
     drop(listener);
     let steps = hold(scene, &mut operator, stream);
-    let outcome = go_on(scene);
+    let outcome = match what {
+        What::Restore => run_on(scene),
+        _ => go_on(scene),
+    };
     scene.clear(outcome, false);
     (outcome, steps)
 }
@@ -142,12 +161,27 @@ fn hold(scene: &mut Scene, operator: &mut Child, stream: UnixStream) -> u64 {
                 scene.keeping.resume().expect("suspended");
                 let _ = writeln!(answers, "resumed");
             }
+            Some("runs") => {
+                // Dead is dead when it is asked again.
+                ask(&mut scene.target, &mut scene.asked);
+                let _ = writeln!(answers, "asked");
+            }
             Some("step") => steps = number(),
             other => panic!("{other:?}"),
         }
     }
-    operator.wait().expect("its end");
+    let end = operator.wait().expect("its end");
+    assert_eq!(end.signal(), Some(libc::SIGKILL), "the operator failed: {end}");
     steps
+}
+
+/// Has a sandbox run whose restore is over, or will never be.
+fn run_on(scene: &mut Scene) -> Outcome {
+    scene.keeping.cgroup.thaw().expect("thaws");
+    match scene.ask() {
+        Answer::Right => Outcome::Done,
+        Answer::Dead => Outcome::Dead,
+    }
 }
 
 /// What is done with a sandbox whose operator is dead.
@@ -185,42 +219,83 @@ fn operate(orders: &str) {
     let root = CgroupRoot::new(word()).expect("cgroups");
     let cgroup = root.get("subject").expect("a cgroup");
     let at: u64 = word().parse().expect("a step");
+    let restores = word() == format!("{:?}", What::Restore);
     let rest: Vec<u64> = words.map(|word| word.parse().expect("a number")).collect();
-    let mut bench = Bench::new(STORE_BYTES, LocalRegistry::new(RegistryConfig::default()));
-    let previous = (!rest.is_empty()).then(|| take_over(&mut bench, &rest));
     let told = Told(stream);
-    told.tell(&format!("store {}", bench.store.memory().descriptor().as_raw_fd()));
-    told.hear().expect("who holds");
     let act = || {
         told.tell(&format!("step {}", at.saturating_add(1)));
         die()
     };
     let mut injector = Injector::new(Fault::Killed, at, &act);
-    let cancel = Cancel::default();
-    let operation = operation(&bench, previous.is_none(), &cancel);
-    let done = supervise(
-        |call| injector.judge(call),
-        || operation.dedup(Group(&cgroup), &told, previous.as_ref()),
-    );
-    assert!(matches!(done, Ok(_) | Err(DedupError::StaysWarm(_))), "{done:?}");
+    let judge = &mut |call: &_| injector.judge(call);
+    match restores {
+        true => restore(cgroup, &rest, &told, judge),
+        false => dedup(&cgroup, &rest, &told, judge),
+    }
     told.tell(&format!("step {}", injector.steps));
     // It ends as it would by a signal: nothing of it is put away.
     die();
 }
 
-/// Takes over the store and what is left of the operation before.
-fn take_over(bench: &mut Bench, orders: &[u64]) -> Previous {
+fn dedup(cgroup: &Cgroup, rest: &[u64], told: &Told, judge: &mut dyn FnMut(&Call) -> Verdict) {
+    let mut bench = Bench::new(STORE_BYTES, LocalRegistry::new(RegistryConfig::default()));
+    let previous = (!rest.is_empty()).then(|| take_over(&mut bench, rest));
+    told.store(bench.store.memory().descriptor());
+    let cancel = Cancel::default();
+    let operation = operation(&bench, previous.is_none(), &cancel);
+    let done = supervise(judge, || operation.dedup(Group(cgroup), told, previous.as_ref()));
+    assert!(matches!(done, Ok(_) | Err(DedupError::StaysWarm(_))), "{done:?}");
+}
+
+/// Restores under the eyes of a guard, as every process does that has userfaultfds of its own.
+fn restore(cgroup: Cgroup, rest: &[u64], told: &Told, judge: &mut dyn FnMut(&Call) -> Verdict) {
+    let (extent, store, userfaults) = inherited(rest);
+    let view = Arc::new(View::open(store).expect("maps"));
+    let orders = Orders::new().expect("memory");
+    let _guard = Guard::start_with(Some(&orders)).expect("a process");
+    let kill = File::options().write(true).open(cgroup.path().join("cgroup.kill"));
+    let order = orders.add(kill.expect("a cgroup").into()).expect("room for an order");
+    let held = HeldImage::open(Arc::clone(&view), extent, userfaults).expect("an image");
+    let keeping = Keeping { view, cgroup, memory: Mutex::new(Memory::Held(held, Vec::new())) };
+    // From here on nobody else has the userfaultfds.
+    told.store(keeping.view.descriptor());
+    let (stop, (runs, running)) = (AtomicBool::new(false), mpsc::channel());
+    let stop = &stop;
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let _stopping = Stop(stop);
+            if running.recv().is_ok() {
+                told.tell("runs");
+                told.hear().expect("who asks");
+            }
+        });
+        let work = move || keeping.restore(false, || runs.send(()).expect("who listens"), stop);
+        supervise(judge, work).expect("restores");
+    });
+    // Nothing is missing any more.
+    drop(order);
+}
+
+/// What the process before has left: where the image lies, the store's memory file, the
+/// userfaultfds.
+fn inherited(orders: &[u64]) -> (Extent, OwnedFd, Vec<OwnedFd>) {
     let [start, pages, store, userfaults @ ..] = orders else { panic!("{orders:?}") };
     let this = ProcessHandle::open(std::process::id() as i32).expect("this process");
     let take = |fd: &u64| this.take_descriptor(*fd as i32).expect("inherited");
-    bench.store = Store::reopen(NodeId(0), take(store)).expect("a store");
     let extent = Extent { start: *start as u32, pages: *pages as u32 };
+    (extent, take(store), userfaults.iter().map(take).collect())
+}
+
+/// Takes over the store and what is left of the operation before.
+fn take_over(bench: &mut Bench, orders: &[u64]) -> Previous {
+    let (extent, store, userfaults) = inherited(orders);
+    bench.store = Store::reopen(NodeId(0), store).expect("a store");
     let image = ImageIndex::open(bench.view(), extent).expect("an image");
     let snapshots: Vec<_> = image.table().snapshots.iter().map(|used| used.id).collect();
     let _adopted = bench.store.adopt_image(extent, &snapshots).expect("an image");
     let features = UserFaultFeatures::events_and_writes();
-    let userfault = |fd: &u64| UserFault::from_parts(take(fd), features, Vec::new(), None);
-    Previous { image, userfaults: userfaults.iter().map(userfault).collect() }
+    let userfault = |fd| UserFault::from_parts(fd, features, Vec::new(), None);
+    Previous { image, userfaults: userfaults.into_iter().map(userfault).collect() }
 }
 
 /// Who holds is another process.
@@ -230,6 +305,12 @@ impl Told {
     fn tell(&self, line: &str) {
         // In one piece, whoever else tells something.
         (&self.0).write_all(format!("{line}\n").as_bytes()).expect("who holds");
+    }
+
+    /// Tells which descriptor is the store's memory file.
+    fn store(&self, memory: BorrowedFd<'_>) {
+        self.tell(&format!("store {}", memory.as_raw_fd()));
+        self.hear().expect("who holds");
     }
 
     fn hear(&self) -> std::io::Result<String> {
