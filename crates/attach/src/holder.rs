@@ -68,14 +68,14 @@ pub fn run(directory: &Path) -> io::Result<()> {
     // Before any thread is started, so that all of them inherit it.
     signals.thread_block()?;
     let orders = Orders::new()?;
-    let mut guard = Guard::start_with(Some(&orders))?;
+    let mut guard = Guard::start(&orders)?;
     leave_cgroup();
     let engine = Arc::new(Engine::new(directory, orders.clone())?);
     engine.clean_up();
     std::thread::Builder::new().name("guard".into()).spawn(move || {
         while guard.wait().is_ok() {
             tracing::warn!("the guard process was killed; starting another");
-            match Guard::start_with(Some(&orders)) {
+            match Guard::start(&orders) {
                 Ok(another) => guard = another,
                 Err(error) => return tracing::error!(%error, "starting a guard process"),
             }

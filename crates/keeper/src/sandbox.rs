@@ -14,6 +14,7 @@ use medes_agent::restore::{HeldImage, RestoreBuffers};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::{Prefetch, WorkingSet};
 use medes_core::SandboxId;
+use medes_memory::guard::{Order, Orders};
 use medes_runtime::lambda::deadline_ms;
 use medes_runtime::{LambdaApi, Request, RuntimeEvent};
 use medes_sandbox::{Exit, Running};
@@ -59,6 +60,9 @@ pub(crate) struct Held {
     /// Told whenever the runtime asks for a request, and at the end.
     asked: Notify,
     label: Vec<u8>,
+    /// Kills every process of it should this process die: the kernel kills the first one, and the
+    /// others only after that one is gone.
+    _order: Order,
     state: Mutex<State>,
 }
 
@@ -123,6 +127,8 @@ pub(crate) struct Common {
     pub(crate) service: Service,
     /// Working sets, by the key that the daemon gives.
     pub(crate) working_sets: Mutex<HashMap<u64, WorkingSet>>,
+    /// What is done should this process die.
+    pub(crate) orders: Orders,
 }
 
 impl Held {
@@ -137,6 +143,9 @@ impl Held {
     ) -> std::io::Result<Arc<Self>> {
         let Spawned { running, listener, output } = spawned;
         let Settings { id, log, log_bytes, working_set, limit, label } = settings;
+        let kill = running.cgroup().kill_file().map_err(std::io::Error::other)?;
+        let order = common.orders.add(kill);
+        let order = order.ok_or_else(|| std::io::Error::other("too many sandboxes"))?;
         let tell: Arc<dyn Fn(News) + Send + Sync> = Arc::new(tell);
         let (events, received) = mpsc::unbounded_channel();
         let api = LambdaApi::new(events);
@@ -163,6 +172,7 @@ impl Held {
             requests: 0.into(),
             asked,
             label,
+            _order: order,
             state,
         });
         let watched = Arc::clone(&held);

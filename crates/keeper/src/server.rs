@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use medes_agent::restore::{HeldImage, RestoreBuffers};
 use medes_core::SandboxId;
-use medes_memory::guard::Guard;
+use medes_memory::guard::{Guard, Orders};
 use medes_sandbox::CgroupRoot;
 use medes_store::{Extent, View};
 use tokio::net::{UnixListener, UnixStream};
@@ -40,7 +40,8 @@ pub fn run(config: &KeeperConfig) -> io::Result<()> {
     // When the host is out of memory, everything else is a better choice than the process that
     // all sandboxes depend on. Best effort: it needs CAP_SYS_RESOURCE.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
-    guard()?;
+    let orders = Orders::new()?;
+    guard(orders.clone())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // What a request has to pass through is short, and does not wait behind other requests.
         .on_thread_start(medes_memory::priority::raise_this_thread)
@@ -48,14 +49,18 @@ pub fn run(config: &KeeperConfig) -> io::Result<()> {
         .thread_name("keeper")
         .enable_all()
         .build()?;
-    runtime.block_on(serve(config))
+    runtime.block_on(serve(config, orders))
 }
 
-async fn serve(config: &KeeperConfig) -> io::Result<()> {
+async fn serve(config: &KeeperConfig, orders: Orders) -> io::Result<()> {
     let root = CgroupRoot::new(&config.cgroup).map_err(io::Error::other)?;
     let shared = Arc::new(Shared {
         spawner: Spawner::new(root)?,
-        common: Arc::new(Common { service: Service::start()?, working_sets: Mutex::default() }),
+        common: Arc::new(Common {
+            service: Service::start()?,
+            working_sets: Mutex::default(),
+            orders,
+        }),
         sandboxes: Mutex::default(),
         cgroup: config.cgroup.clone(),
         daemon: Mutex::default(),
@@ -93,10 +98,10 @@ async fn serve(config: &KeeperConfig) -> io::Result<()> {
     Ok(())
 }
 
-/// Keeps the userfaultfds open until the kernel has killed the sandboxes, should this process be
-/// killed: a page that is missing then is never read as zeros.
-fn guard() -> io::Result<()> {
-    let mut guard = Guard::start()?;
+/// Keeps the userfaultfds open until every process of the sandboxes has been killed, should this
+/// process be killed: a page that is missing then is never read as zeros.
+fn guard(orders: Orders) -> io::Result<()> {
+    let mut guard = Guard::start(&orders)?;
     std::thread::Builder::new().name("guard".into()).spawn(move || {
         loop {
             if let Err(error) = guard.wait() {
@@ -104,7 +109,7 @@ fn guard() -> io::Result<()> {
                 return;
             }
             tracing::warn!("the guard process was killed; starting another");
-            match Guard::start() {
+            match Guard::start(&orders) {
                 Ok(another) => guard = another,
                 Err(error) => {
                     tracing::error!(%error, "starting a guard process");

@@ -7,7 +7,10 @@
 //! descriptors, whatever is opened later included, and lives until this one is wholly dead: by then
 //! the signals have been sent.
 //!
-//! Processes that are nobody's children here are killed by the guard itself, as [`Orders`] say.
+//! All others are killed by the guard itself, as [`Orders`] say: processes that are nobody's children
+//! here, and what children have started in their turn. The kernel kills those too when the first
+//! process of a PID namespace dies, but not before that one's memory is torn down, which takes
+//! milliseconds.
 //!
 //! [`PR_SET_PDEATHSIG`]: https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
@@ -27,21 +30,13 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Starts a guard. Best called early, while this process is small: the guard has a copy of its
-    /// memory, of which it touches one page.
+    /// Starts a guard, which carries out `orders` at this process's death. Best called early, while
+    /// this process is small: the guard has a copy of its memory, of which it touches one page.
     ///
     /// # Errors
     /// When there is no room for another process, or the kernel is older than 5.3.
-    pub fn start() -> io::Result<Self> {
-        Self::start_with(None)
-    }
-
-    /// As [`Guard::start`], with orders to be carried out at this process's death.
-    ///
-    /// # Errors
-    /// As [`Guard::start`].
-    pub fn start_with(orders: Option<&Orders>) -> io::Result<Self> {
-        let slots = orders.map(|orders| orders.0.slots());
+    pub fn start(orders: &Orders) -> io::Result<Self> {
+        let slots = orders.0.slots();
         let own = sys::pidfd_open(std::process::id() as i32)?;
         let mut pidfd: i32 = -1;
         let mut poll = libc::pollfd { fd: own.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -65,7 +60,7 @@ impl Guard {
                 // SAFETY: `poll` is one live pollfd, and there is no timeout.
                 let ready = unsafe { libc::syscall(libc::SYS_poll, &raw mut poll, 1, -1) };
                 if ready == 1 {
-                    let fds = slots.into_iter().flatten().map(|slot| slot.load(Ordering::SeqCst));
+                    let fds = slots.iter().map(|slot| slot.load(Ordering::SeqCst));
                     for fd in fds.filter(|fd| *fd >= 0) {
                         // SAFETY: writes one byte of a constant.
                         unsafe { libc::syscall(libc::SYS_write, fd, c"1".as_ptr(), 1) };
@@ -107,14 +102,17 @@ impl Guard {
 #[derive(Clone, Debug)]
 pub struct Orders(Arc<Shared>);
 
-/// One page that guards, started before or after, see as it is at the moment.
+/// Memory that guards, started before or after, see as it is at the moment.
 #[derive(Debug)]
 struct Shared(*mut [AtomicI32; SLOTS]);
 
-/// Orders that there can be at a time: what fits into a page.
-const SLOTS: usize = crate::PAGE_SIZE as usize / size_of::<AtomicI32>();
+/// Orders that there can be at a time: more than a machine has room for sandboxes.
+const SLOTS: usize = 16 << 10;
 
-// SAFETY: the page is mapped as long as this lives, and only ever used as atomics.
+/// The memory that they take, bytes.
+const SIZE: usize = SLOTS * size_of::<AtomicI32>();
+
+// SAFETY: the memory is mapped as long as this lives, and only ever used as atomics.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
@@ -136,13 +134,12 @@ impl Orders {
     pub fn new() -> io::Result<Self> {
         let (protection, flags) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-        let size = crate::PAGE_SIZE as usize;
         // SAFETY: a new mapping, wherever the kernel likes.
-        let page = unsafe { libc::mmap(std::ptr::null_mut(), size, protection, flags, -1, 0) };
-        if page == libc::MAP_FAILED {
+        let memory = unsafe { libc::mmap(std::ptr::null_mut(), SIZE, protection, flags, -1, 0) };
+        if memory == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let shared = Shared(page.cast());
+        let shared = Shared(memory.cast());
         shared.slots().iter().for_each(|slot| slot.store(-1, Ordering::SeqCst));
         Ok(Self(Arc::new(shared)))
     }
@@ -161,15 +158,15 @@ impl Orders {
 
 impl Shared {
     fn slots(&self) -> &[AtomicI32; SLOTS] {
-        // SAFETY: a live page, aligned, and any bytes are valid atomics.
+        // SAFETY: a live mapping, aligned, and any bytes are valid atomics.
         unsafe { &*self.0 }
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // SAFETY: nobody has a reference to the page any more; guards have mappings of their own.
-        unsafe { libc::munmap(self.0.cast(), crate::PAGE_SIZE as usize) };
+        // SAFETY: nobody has a reference to the memory any more; guards have mappings of their own.
+        unsafe { libc::munmap(self.0.cast(), SIZE) };
     }
 }
 

@@ -43,6 +43,9 @@ fn starts_afresh(platform: &Platform, before: &[i32]) {
 #[test]
 fn after_a_crash_of_daemon_and_keeper_no_frozen_sandbox_stays() {
     let mut platform = platform();
+    platform.deploy("stubborn");
+    let answer = platform.invoke("stubborn", &json!({})).expect_start("cold");
+    assert_eq!(answer, json!({ "refused": 0 }));
     let before = platform.sandbox_processes();
     let keeper = platform.keeper();
     // Runs, with its memory on the way back.

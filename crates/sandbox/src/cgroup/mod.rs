@@ -279,6 +279,17 @@ impl Cgroup {
         write(&self.unified.join("cgroup.kill"), "1")
     }
 
+    /// Opens the file that has every process killed when `1` is written to it, for somebody else
+    /// to do that.
+    ///
+    /// # Errors
+    /// If the cgroup is gone.
+    pub fn kill_file(&self) -> Result<OwnedFd, CgroupError> {
+        let path = self.unified.join("cgroup.kill");
+        let file = OpenOptions::new().write(true).open(&path);
+        file.map(OwnedFd::from).map_err(CgroupError::io("opening", &path))
+    }
+
     /// Removes the cgroup, which must be empty, waiting up to `limit` for the kernel to forget
     /// processes that have died. What is already gone is no error.
     ///

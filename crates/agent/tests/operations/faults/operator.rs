@@ -2,7 +2,6 @@
 //! on from there: what the keeper does when its daemon dies. In a restore nobody does: the keeper
 //! itself has died, and what lacks pages has to die with it.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -252,9 +251,8 @@ fn restore(cgroup: Cgroup, rest: &[u64], told: &Told, judge: &mut dyn FnMut(&Cal
     let (extent, store, userfaults) = inherited(rest);
     let view = Arc::new(View::open(store).expect("maps"));
     let orders = Orders::new().expect("memory");
-    let _guard = Guard::start_with(Some(&orders)).expect("a process");
-    let kill = File::options().write(true).open(cgroup.path().join("cgroup.kill"));
-    let order = orders.add(kill.expect("a cgroup").into()).expect("room for an order");
+    let _guard = Guard::start(&orders).expect("a process");
+    let order = orders.add(cgroup.kill_file().expect("a cgroup")).expect("room for an order");
     let held = HeldImage::open(Arc::clone(&view), extent, userfaults).expect("an image");
     let keeping = Keeping { view, cgroup, memory: Mutex::new(Memory::Held(held, Vec::new())) };
     // From here on nobody else has the userfaultfds.
