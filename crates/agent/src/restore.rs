@@ -625,6 +625,47 @@ impl AddressSpace {
     }
 }
 
+/// Stops serving all address spaces of a sandbox, which must be frozen ([`AddressSpace::suspend`]), and
+/// says what belongs where in each process of the image, in the image's order. `served` hears what
+/// had to be done for a space before.
+///
+/// # Errors
+/// Why that can't be said of all of it: there are processes more or less than the image has, or not
+/// all tell what they write. It is served on then.
+pub fn suspend(
+    spaces: &mut [Arc<AddressSpace>],
+    buffers: &mut RestoreBuffers,
+    mut served: impl FnMut(&AddressSpace, Served),
+) -> Result<Vec<SpaceView>, String> {
+    spaces.sort_unstable_by_key(|space| space.process());
+    let processes = spaces.first().map_or(0, |space| space.index.table().processes.len());
+    let mut all = spaces.iter().enumerate();
+    let are_known = all.all(|(n, space)| space.process() == n && space.tracks_writes());
+    if !are_known || spaces.is_empty() || spaces.len() != processes {
+        return Err("not all of its processes tell what they write".into());
+    }
+    let mut views = Vec::with_capacity(spaces.len());
+    let mut failed = None;
+    for space in &*spaces {
+        let mut done = Served::default();
+        match space.suspend(buffers, &mut done) {
+            Ok(view) => views.push(view),
+            Err(error) => failed = Some(error.to_string()),
+        }
+        if !done.children.is_empty() {
+            failed = Some("it has just forked".to_owned());
+        }
+        served(space, done);
+    }
+    match failed {
+        Some(why) => {
+            spaces.iter().for_each(|space| space.resume());
+            Err(why)
+        }
+        None => Ok(views),
+    }
+}
+
 /// Asks for a page where nothing can be registered, right below everything that is. The answer
 /// tells whether the process lives, and whether it is changing its mappings.
 fn probe(state: &State) -> Result<Filled, FillError> {

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::protocol::Returned;
-use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Revived, Served};
+use medes_agent::restore::{self, AddressSpace, Filling, RestoreBuffers, Revived, Served};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::{Prefetch, PrefetchRange, WorkingSet};
 use medes_memory::ranges::slices;
@@ -476,45 +476,20 @@ impl Shared {
         buffers: &mut RestoreBuffers,
     ) -> Result<Vec<SpaceView>, String> {
         self.forget_ended_children(memory);
-        let watches: Vec<(u64, Arc<AddressSpace>)> = {
-            let mut spaces = lock(&memory.spaces);
-            spaces.sort_unstable_by_key(|watch| watch.space.process());
-            spaces.iter().map(|watch| (watch.key, Arc::clone(&watch.space))).collect()
+        let (keys, mut spaces): (Vec<u64>, Vec<Arc<AddressSpace>>) = {
+            let spaces = lock(&memory.spaces);
+            spaces.iter().map(|watch| (watch.key, Arc::clone(&watch.space))).unzip()
         };
-        let all_known = watches
-            .iter()
-            .enumerate()
-            .all(|(n, (_, space))| space.process() == n && space.tracks_writes());
-        if !all_known || watches.len() != memory.processes {
-            return Err("not all of its processes tell what they write".into());
-        }
-        let mut views = Vec::with_capacity(watches.len());
-        let mut failed = None;
-        for (_, space) in &watches {
-            let mut served = Served::default();
-            let view = space.suspend(buffers, &mut served);
+        let views = restore::suspend(&mut spaces, buffers, |space, served| {
             memory.record(space.process(), &served);
-            if !served.children.is_empty() {
-                failed = Some("it has just forked".to_owned());
-            }
             for child in served.children {
                 if let Err(error) = self.watch(memory, child) {
                     (memory.kill)(&format!("a forked process can't be served: {error}"));
                 }
             }
-            match view {
-                Ok(view) => views.push(view),
-                Err(error) => failed = Some(error.to_string()),
-            }
-        }
-        if let Some(why) = failed {
-            watches.iter().for_each(|(_, space)| space.resume());
-            return Err(why);
-        }
-        for (key, space) in watches {
-            self.unwatch(memory, key);
-            lock(&memory.suspended).push(space);
-        }
+        })?;
+        keys.into_iter().for_each(|key| self.unwatch(memory, key));
+        lock(&memory.suspended).extend(spaces);
         Ok(views)
     }
 

@@ -10,13 +10,11 @@ use std::time::{Duration, Instant};
 use medes_agent::dedup::{
     Cancel, DedupError, Hindrance, Holder, Operation, Options, Previous, Subject,
 };
-use medes_agent::index::ImageIndex;
 use medes_agent::view::SpaceView;
-use medes_core::{SandboxId, SnapshotId};
+use medes_core::SandboxId;
 use medes_keeper::protocol::{Command, Reply};
 use medes_keeper::{Keeper, KeeperError};
 use medes_memory::session::{Freezer, Thaw};
-use medes_memory::userfault::UserFault;
 use medes_registry::{Near, Scope};
 use medes_sandbox::Cgroup;
 use medes_store::{ImageHandle, StoreError};
@@ -182,17 +180,8 @@ fn previous(shared: &Shared, entry: &Entry) -> Result<Option<Previous>, DedupFai
     if restore.is_none() {
         return Err(warm("the sandbox is in the dedup state already".into()));
     }
-    let in_use = |id: &SnapshotId| shared.store.snapshot(*id).is_some();
-    if userfaults.is_empty()
-        || !userfaults.iter().all(UserFault::tracks_writes)
-        || !image.snapshots().iter().all(in_use)
-    {
-        return Ok(None);
-    }
-    let index = ImageIndex::open(Arc::clone(&shared.view), image.extent());
-    let index = index.map_err(|e| warm(e.to_string()))?;
-    let userfaults = userfaults.iter().map(|u| u.duplicate(Vec::new())).collect::<io::Result<_>>();
-    Ok(Some(Previous { image: index, userfaults: userfaults.map_err(|e| warm(e.to_string()))? }))
+    let previous = Previous::of(&shared.store, Arc::clone(&shared.view), image, userfaults);
+    previous.map_err(|error| warm(error.to_string()))
 }
 
 /// Lets go of the images of other sandboxes that run with all their memory. Returns how many.

@@ -23,8 +23,10 @@ mod encoding;
 mod standing;
 mod table;
 
+use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use medes_core::{DomainId, FunctionId, SnapshotId};
@@ -33,7 +35,7 @@ use medes_memory::session::{Freezer, SessionError};
 use medes_memory::userfault::{CreateError, RegisterError, UserFault};
 use medes_pages::FingerprintConfig;
 use medes_registry::{Near, Registry, RegistryError, Scope};
-use medes_store::{ImageHandle, Store, StoreError};
+use medes_store::{ImageHandle, Store, StoreError, View};
 
 use crate::encode::{EncodeError, PageSource};
 use crate::index::ImageIndex;
@@ -129,6 +131,31 @@ pub struct Previous {
     pub image: ImageIndex,
     /// Its userfaultfds, one for each process of the image. They stay the caller's.
     pub userfaults: Vec<UserFault>,
+}
+
+impl Previous {
+    /// What is left of an operation that made `image`, as long as something can be gained by it:
+    /// `None` if the userfaultfds don't tell of writes, or a base snapshot is to be used no more.
+    ///
+    /// # Errors
+    /// If the image can't be read, or a descriptor not be duplicated.
+    pub fn of(
+        store: &Store,
+        view: Arc<View>,
+        image: &ImageHandle,
+        userfaults: &[UserFault],
+    ) -> io::Result<Option<Self>> {
+        let in_use = |id: &SnapshotId| store.snapshot(*id).is_some();
+        if userfaults.is_empty()
+            || !userfaults.iter().all(UserFault::tracks_writes)
+            || !image.snapshots().iter().all(in_use)
+        {
+            return Ok(None);
+        }
+        let image = ImageIndex::open(view, image.extent()).map_err(io::Error::other)?;
+        let userfaults = userfaults.iter().map(|userfault| userfault.duplicate(Vec::new()));
+        Ok(Some(Self { image, userfaults: userfaults.collect::<io::Result<_>>()? }))
+    }
 }
 
 /// A sandbox was not deduplicated.

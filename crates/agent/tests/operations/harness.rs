@@ -14,7 +14,9 @@ use medes_agent::dedup::{
 };
 use medes_agent::image::ProcessTable;
 use medes_agent::index::ImageIndex;
-use medes_agent::restore::{AddressSpace, Filling, HeldImage, RestoreBuffers, Revived, Served};
+use medes_agent::restore::{
+    self, AddressSpace, Filling, HeldImage, RestoreBuffers, Revived, Served,
+};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
 use medes_core::{DomainId, FunctionId, NodeId};
@@ -195,9 +197,8 @@ impl Bench {
     }
 
     pub fn previous(&self, done: &Deduplicated) -> Previous {
-        let image = ImageIndex::open(self.view(), done.image.extent()).expect("an image");
-        let userfaults = done.userfaults.iter().map(|u| u.duplicate(Vec::new()));
-        Previous { image, userfaults: userfaults.collect::<io::Result<_>>().expect("descriptors") }
+        let previous = Previous::of(&self.store, self.view(), &done.image, &done.userfaults);
+        previous.expect("an image and descriptors").expect("of use")
     }
 
     pub fn dedup_with(
@@ -382,27 +383,11 @@ impl Holder for Bench {
     fn suspend(&self) -> Result<Vec<SpaceView>, String> {
         let mut watched = self.watched.lock().unwrap();
         watched.retain(|space| !space.is_child() || !space.has_ended());
-        watched.sort_unstable_by_key(|space| space.process());
-        if !watched.iter().all(|space| space.tracks_writes()) {
-            return Err("not all of its processes tell what they write".into());
-        }
-        let suspend = |space: &Arc<AddressSpace>| {
-            let mut served = Served::default();
-            let view = space.suspend(&mut RestoreBuffers::default(), &mut served);
-            (view, served.children)
-        };
-        let (views, children): (Vec<_>, Vec<_>) = watched.iter().map(suspend).unzip();
-        let views: Result<Vec<_>, _> = views.into_iter().collect();
-        let forked = children.iter().any(|children| !children.is_empty());
-        if views.is_err() || forked {
-            watched.iter().for_each(|space| space.resume());
-        }
-        watched.extend(children.into_iter().flatten());
-        match (views, forked) {
-            (Ok(views), false) => Ok(views),
-            (Err(error), _) => Err(error.to_string()),
-            (_, true) => Err("it has just forked".into()),
-        }
+        let mut children = Vec::new();
+        let forked = |_: &AddressSpace, served: Served| children.extend(served.children);
+        let views = restore::suspend(&mut watched, &mut RestoreBuffers::default(), forked);
+        watched.extend(children);
+        views
     }
 
     fn resume(&self) -> Result<(), String> {

@@ -20,8 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, mpsc};
 
-use medes_agent::dedup::{Cancel, DedupError, Deduplicated, Operation, Options, Previous, Subject};
-use medes_agent::index::ImageIndex;
+use medes_agent::dedup::{Cancel, DedupError, Deduplicated, Operation, Options, Subject};
 use medes_agent::restore::RestoreBuffers;
 use medes_core::{DomainId, NodeId};
 use medes_faults::{Verdict, descriptors, own_descriptors, supervise};
@@ -154,15 +153,7 @@ impl Scene {
         cancel: &Cancel,
     ) -> Result<Deduplicated, DedupError> {
         let operation = operation(&self.bench, what == What::AsBase, cancel);
-        let previous = self.before.as_ref().map(|done| Previous {
-            image: ImageIndex::open(self.keeping.view.clone(), done.image.extent())
-                .expect("an image"),
-            userfaults: done
-                .userfaults
-                .iter()
-                .map(|u| u.duplicate(Vec::new()).expect("a descriptor"))
-                .collect(),
-        });
+        let previous = self.before.as_ref().map(|done| self.bench.previous(done));
         supervise(judge, || {
             operation.dedup(Group(&self.keeping.cgroup), &self.keeping, previous.as_ref())
         })

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use medes_agent::RestoreError;
 use medes_agent::dedup::Holder;
-use medes_agent::restore::{AddressSpace, Filling, HeldImage, RestoreBuffers, Served};
+use medes_agent::restore::{self, AddressSpace, Filling, HeldImage, RestoreBuffers, Served};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
 use medes_sandbox::Cgroup;
@@ -215,25 +215,13 @@ impl Holder for Keeping {
 
     fn suspend(&self) -> Result<Vec<SpaceView>, String> {
         let mut memory = self.memory();
-        let spaces = match &*memory {
+        let mut spaces = match &*memory {
             Memory::Returning(spaces) => spaces.clone(),
             _ => return Err("the sandbox's memory is not watched".into()),
         };
-        let mut buffers = RestoreBuffers::default();
-        let views: Result<Vec<_>, _> = spaces
-            .iter()
-            .map(|space| space.suspend(&mut buffers, &mut Served::default()))
-            .collect();
-        match views {
-            Ok(views) => {
-                *memory = Memory::Suspended(spaces);
-                Ok(views)
-            }
-            Err(error) => {
-                spaces.iter().for_each(|space| space.resume());
-                Err(error.to_string())
-            }
-        }
+        let views = restore::suspend(&mut spaces, &mut RestoreBuffers::default(), |_, _| {})?;
+        *memory = Memory::Suspended(spaces);
+        Ok(views)
     }
 
     fn resume(&self) -> Result<(), String> {
