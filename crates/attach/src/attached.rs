@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use medes_agent::dedup::Holder;
-use medes_agent::restore::{HeldImage, RestoreBuffers};
+use medes_agent::restore::{AddressSpace, HeldImage, RestoreBuffers};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
 use medes_core::{DomainId, FunctionId};
 use medes_memory::guard::{Order, Orders};
 use medes_memory::session::Freezer;
+use medes_memory::userfault::UserFault;
 use medes_store::{ImageHandle, View};
 use parking_lot::Mutex;
 
@@ -19,6 +20,7 @@ use crate::cells::Cells;
 use crate::protocol::{Attached, State};
 use crate::returning::{Returned, bring_back};
 use crate::target::Target;
+use crate::watched::Watched;
 
 /// A group of processes that is attached.
 pub(crate) struct Group {
@@ -46,10 +48,19 @@ pub(crate) enum Memory {
 
 /// What brings a group's memory back.
 pub(crate) struct Away {
-    pub(crate) image: ImageHandle,
+    pub(crate) left: Left,
     pub(crate) held: Held,
     pub(crate) private_bytes: u64,
     pub(crate) image_bytes: u64,
+}
+
+/// What a dedup operation leaves.
+pub(crate) struct Left {
+    pub(crate) image: ImageHandle,
+    /// One for each process of the image.
+    pub(crate) userfaults: Vec<UserFault>,
+    /// These processes, in order.
+    pub(crate) pids: Vec<i32>,
 }
 
 /// An image with its userfaultfds, and the order to kill the group should this process die.
@@ -81,23 +92,36 @@ impl Group {
 }
 
 impl Held {
-    /// Lets the group run, and brings its memory back. `runs` is called once it runs.
+    /// Lets the group run, and brings its memory back. `runs` is called once it runs. With `keep`
+    /// the address spaces in the answer have to be served on.
     ///
     /// # Errors
-    /// Why that is not possible; the group must be killed.
+    /// Why that is not possible; the group has been killed.
     pub(crate) fn bring_back(
         self,
         mut cells: &Cells,
+        keep: bool,
         runs: impl FnOnce(),
-    ) -> Result<Returned, String> {
+    ) -> Result<(Returned, Vec<Arc<AddressSpace>>), String> {
         let revived = self.image.revive(&Prefetch::default(), &mut RestoreBuffers::default());
-        let revived = revived.map_err(|error| error.to_string())?;
-        cells.thaw().map_err(|error| format!("thawing: {error}"))?;
-        runs();
-        let returned = bring_back(revived).map_err(|error| error.to_string())?;
+        let mut spaces = revived.map(|revived| revived.spaces).map_err(|error| {
+            cells.kill();
+            error.to_string()
+        })?;
+        let returned = match cells.thaw() {
+            Ok(()) => {
+                runs();
+                bring_back(&mut spaces, keep).map_err(|error| error.to_string())
+            }
+            Err(error) => Err(format!("thawing: {error}")),
+        };
+        if returned.is_err() {
+            // Before any userfaultfd of it is closed.
+            cells.kill();
+        }
         // Nothing is missing any more.
         drop(self.orders);
-        Ok(returned)
+        Ok((returned?, spaces))
     }
 }
 
@@ -106,6 +130,8 @@ pub(crate) struct Holding<'a> {
     pub(crate) view: &'a Arc<View>,
     pub(crate) cells: &'a Cells,
     pub(crate) orders: &'a Orders,
+    /// What the restore before has left to follow.
+    pub(crate) watched: Option<&'a Watched>,
     pub(crate) held: Mutex<Option<Held>>,
 }
 
@@ -142,14 +168,17 @@ impl Holder for Holding<'_> {
 
     fn put_back(&self) -> Result<(), String> {
         let held = self.held.lock().take().ok_or("nothing is held")?;
-        held.bring_back(self.cells, || {}).map(drop)
+        held.bring_back(self.cells, false, || {})?;
+        self.watched.into_iter().for_each(Watched::forget);
+        Ok(())
     }
 
     fn suspend(&self) -> Result<Vec<SpaceView>, String> {
-        Err("nothing of an attached group is kept after its restore".into())
+        self.watched.ok_or("the group's memory is not watched")?.suspend()
     }
 
     fn resume(&self) -> Result<(), String> {
+        self.watched.ok_or("the group's memory is not watched")?.resume();
         Ok(())
     }
 }

@@ -12,20 +12,22 @@ use std::sync::mpsc::{Receiver, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use medes_agent::dedup::{Cancel, Counts, DedupError, Operation, Options, Subject};
+use medes_agent::dedup::{
+    Cancel, Counts, DedupError, Deduplicated, Hindrance, Operation, Options, Previous, Subject,
+};
 use medes_core::{DomainId, FunctionId, NodeId};
 use medes_memory::guard::{Guard, Orders};
 use medes_memory::session::on_tracer_thread;
 use medes_pages::{FingerprintConfig, PAGE_SIZE};
 use medes_registry::{LocalRegistry, Near, Registry, RegistryConfig, Scope};
-use medes_store::{Store, View};
+use medes_store::{Store, StoreError, View};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal};
 use parking_lot::Mutex;
 use serde::Serialize;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::attached::{Away, Group, Holding, Memory, now_ms};
+use crate::attached::{Away, Group, Held, Holding, Left, Memory, now_ms};
 use crate::cells::Cells;
 use crate::client::socket;
 use crate::events::Events;
@@ -35,6 +37,7 @@ use crate::protocol::{
 };
 use crate::refusal::Refusal;
 use crate::target::Target;
+use crate::watched::Watched;
 
 /// How long it waits for another command before it ends, when nothing is attached.
 const LINGER: Duration = Duration::from_secs(2);
@@ -46,8 +49,8 @@ const LOOK: Duration = Duration::from_millis(250);
 /// about a third of its memory compressed by itself, a base snapshot all of it, once.
 const BASE_FROM: usize = 2;
 
-/// Runs the holder until nothing is attached any more, or until it is told to end (SIGTERM), which
-/// brings everything back first.
+/// Runs the holder until nothing is attached any more, nor watched, or until it is told to end
+/// (SIGTERM), which brings everything back first.
 ///
 /// # Errors
 /// When it can't start. That another one runs already is no error.
@@ -118,10 +121,12 @@ struct Engine {
     registry: LocalRegistry,
     orders: Orders,
     groups: Mutex<BTreeMap<String, Arc<Group>>>,
+    /// What was attached, and may be again.
+    watched: Mutex<Vec<Watched>>,
     domains: Mutex<HashMap<String, DomainId>>,
     /// The number of the next group.
     next: AtomicUsize,
-    /// Held while something is taken: one operation at a time.
+    /// Held while something is taken, or let go of: one operation at a time.
     taking: Mutex<()>,
     connections: AtomicUsize,
     /// Connections that watch.
@@ -142,6 +147,7 @@ impl Engine {
             registry: LocalRegistry::new(RegistryConfig::default()),
             orders,
             groups: Mutex::default(),
+            watched: Mutex::default(),
             domains: Mutex::default(),
             next: AtomicUsize::new(1),
             taking: Mutex::default(),
@@ -200,6 +206,7 @@ impl Engine {
                 looked = Instant::now();
             }
             let idle = self.groups.lock().is_empty()
+                && self.watched.lock().is_empty()
                 // Those that only watch keep nobody here.
                 && self.connections.load(Ordering::Acquire)
                     == self.watchers.load(Ordering::Acquire);
@@ -354,31 +361,99 @@ impl Engine {
 
     fn take(&self, group: &Group, operation: &Operation<'_>) -> Result<DedupReport, Refusal> {
         let base_before = self.store.usage().snapshots;
-        let holding = Holding {
-            view: &self.view,
-            cells: &group.cells,
-            orders: &self.orders,
-            held: Mutex::new(None),
-        };
-        let processes = group.cells.pids().len();
-        let done = on_tracer_thread(|| operation.dedup(&group.cells, &holding, None));
-        let done = done.map_err(|error| match error {
+        let mut before = self.left_before(group, operation);
+        let mut result = self.attempt(group, operation, before.as_ref());
+        if let Err(DedupError::StaysWarm(why)) = &result
+            && let Some((watched, _)) = before.take()
+        {
+            tracing::debug!(id = group.id, %why, "all of it is read again");
+            self.let_go(watched);
+            result = self.attempt(group, operation, None);
+        }
+        if let Some((watched, _)) = before {
+            // What it was restored from is not needed any more.
+            self.let_go(watched);
+        }
+        let is_full = |why: &Hindrance| matches!(why, Hindrance::Store(StoreError::Full(_)));
+        if matches!(&result, Err(DedupError::StaysWarm(why)) if is_full(why))
+            // What nobody uses gives way.
+            && self.let_go_of(|_| true) > 0
+        {
+            result = self.attempt(group, operation, None);
+        }
+        let (done, held) = result.map_err(|error| match error {
             DedupError::Lost(why) => Refusal::Lost(why),
             other => Refusal::Stays(other.to_string()),
         })?;
-        let held = holding.held.into_inner();
+        let Deduplicated { image, userfaults, counts, .. } = done;
         let Some(held) = held else {
-            self.store.remove_image(done.image);
+            self.store.remove_image(image);
             return Err(Refusal::Lost("nobody holds its image".into()));
         };
-        let image_bytes = done.image.bytes();
+        let (pids, image_bytes) = (group.cells.pids(), image.bytes());
         let mut report =
-            report(Some(&group.id), processes, done.counts, image_bytes, group.domain.clone());
+            report(Some(&group.id), pids.len(), counts, image_bytes, group.domain.clone());
         report.base_bytes = self.store.usage().snapshots.saturating_sub(base_before);
         let private_bytes = report.private_bytes;
-        *group.memory.lock() =
-            Memory::Away(Away { image: done.image, held, private_bytes, image_bytes });
+        let left = Left { image, userfaults, pids };
+        *group.memory.lock() = Memory::Away(Away { left, held, private_bytes, image_bytes });
         Ok(report)
+    }
+
+    fn attempt(
+        &self,
+        group: &Group,
+        operation: &Operation<'_>,
+        before: Option<&(Watched, Previous)>,
+    ) -> Result<(Deduplicated, Option<Held>), DedupError> {
+        let (watched, previous) = before.map(|(watched, previous)| (watched, previous)).unzip();
+        let (view, cells, orders) = (&self.view, &group.cells, &self.orders);
+        let holding = Holding { view, cells, orders, watched, held: Mutex::new(None) };
+        let done = on_tracer_thread(|| operation.dedup(cells, &holding, previous))?;
+        Ok((done, holding.held.into_inner()))
+    }
+
+    /// What is left of the restore before of exactly these processes, if it is of use. What else is
+    /// left of any of them is let go of: nobody can watch them beside it.
+    fn left_before(&self, group: &Group, operation: &Operation<'_>) -> Option<(Watched, Previous)> {
+        let pids = group.cells.pids();
+        let is_same = |watched: &Watched| {
+            watched.left.pids == pids
+                && watched.domain_id == group.domain_id
+                // All of a base snapshot is read.
+                && !operation.options.new_base
+        };
+        let same = {
+            let mut all = self.watched.lock();
+            all.iter().position(is_same).map(|at| all.swap_remove(at))
+        };
+        self.let_go_of(|watched| watched.left.pids.iter().any(|pid| pids.contains(pid)));
+        let watched = same?;
+        let Left { image, userfaults, .. } = &watched.left;
+        match Previous::of(&self.store, Arc::clone(&self.view), image, userfaults) {
+            Ok(Some(previous)) => Some((watched, previous)),
+            other => {
+                tracing::debug!(id = group.id, error = ?other.err(), "all of it is read again");
+                self.let_go(watched);
+                None
+            }
+        }
+    }
+
+    /// Lets go of restored groups. Returns of how many.
+    fn let_go_of(&self, which: impl Fn(&Watched) -> bool) -> usize {
+        let mut watched = self.watched.lock();
+        let (gone, left): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut *watched).into_iter().partition(which);
+        *watched = left;
+        drop(watched);
+        gone.into_iter().map(|watched| self.let_go(watched)).count()
+    }
+
+    fn let_go(&self, watched: Watched) {
+        let Watched { domain_id, function, .. } = watched;
+        self.store.remove_image(watched.let_go());
+        self.forget_bases(domain_id, function);
     }
 
     /// The number of a domain; a new one if it has none.
@@ -447,25 +522,28 @@ impl Engine {
 
     /// Brings a group's memory back; `runs` hears when it runs, or why it can't.
     fn bring_back(&self, group: &Arc<Group>, away: Away, runs: &Sender<Ran>) -> Result<(), String> {
-        let result = away.held.bring_back(&group.cells, || {
+        let result = away.held.bring_back(&group.cells, true, || {
             self.tell(&group.id, "runs", "its memory follows as it is touched");
             let _ = runs.send(Ok(Instant::now()));
         });
-        match &result {
-            Ok(returned) => {
+        let result = match result {
+            Ok((returned, spaces)) => {
                 let text =
                     format!("{} page faults, {} pages for them", returned.faults, returned.pages);
                 self.tell(&group.id, "restored", text);
+                // Before it is detached: whoever wants it next finds it here.
+                self.watched.lock().push(Watched::new(group, spaces, away.left));
+                Ok(())
             }
             Err(why) => {
-                group.cells.kill();
-                self.tell(&group.id, "killed", why);
+                self.tell(&group.id, "killed", &why);
                 let _ = runs.send(Err(why.clone()));
+                self.store.remove_image(away.left.image);
+                Err(why)
             }
-        }
-        self.store.remove_image(away.image);
+        };
         self.detach(group);
-        result.map(drop)
+        result
     }
 
     /// Nothing is to be done for a group any more: its processes go back where they came from.
@@ -473,9 +551,17 @@ impl Engine {
         group.cells.give_back();
         self.groups.lock().remove(&group.id);
         self.note(None);
-        let Group { domain_id, function, .. } = *group;
+        self.forget_bases(group.domain_id, group.function);
+    }
+
+    /// Gives up the base snapshots of a program that nothing attached or watched runs.
+    fn forget_bases(&self, domain_id: DomainId, function: FunctionId) {
+        let of = |domain, program| domain == domain_id && program == function;
         let groups = self.groups.lock();
-        if groups.values().all(|other| other.domain_id != domain_id || other.function != function) {
+        let watched = self.watched.lock();
+        if !groups.values().any(|group| of(group.domain_id, group.function))
+            && !watched.iter().any(|watched| of(watched.domain_id, watched.function))
+        {
             for snapshot in self.store.snapshots_of(domain_id, function) {
                 if let Err(error) = self.registry.remove(snapshot.id()) {
                     tracing::warn!(%error, "forgetting a base snapshot");
@@ -501,9 +587,13 @@ impl Engine {
         found.map(|group| vec![group]).ok_or(Refusal::NotAttached(name))
     }
 
-    /// Gives up what was kept for groups whose processes were killed, and brings back those that
-    /// somebody else has thawed: their threads wait for memory.
+    /// Gives up what was kept for groups whose processes were killed, or that were restored long
+    /// ago, and brings back those that somebody else has thawed: their threads wait for memory.
     fn look_after(self: &Arc<Self>) {
+        // Not while an operation may be at the same processes: it lets go of them itself.
+        if let Some(_taking) = self.taking.try_lock() {
+            self.let_go_of(Watched::is_over);
+        }
         let groups: Vec<Arc<Group>> = self.groups.lock().values().map(Arc::clone).collect();
         for group in groups {
             let mut memory = group.memory.lock();
@@ -526,7 +616,7 @@ impl Engine {
             }
             drop(memory);
             drop(away.held);
-            self.store.remove_image(away.image);
+            self.store.remove_image(away.left.image);
             self.tell(&group.id, "ended", "its processes were killed");
             self.detach(&group);
         }
@@ -542,6 +632,8 @@ impl Engine {
             std::thread::sleep(Duration::from_millis(10));
             self.look_after();
         }
+        let _taking = self.taking.lock();
+        self.let_go_of(|_| true);
     }
 }
 
@@ -566,6 +658,7 @@ fn report(
         equal_pages: counts.equal,
         patched_pages: counts.patched,
         unique_pages: counts.unique,
+        reused_pages: counts.reused,
         domain,
         encode_us: counts.encode_us,
         commit_us: counts.commit_us,

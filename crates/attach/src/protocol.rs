@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::target::Target;
 
 /// Changed whenever the messages change.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// One request.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -84,6 +84,9 @@ pub struct DedupReport {
     pub patched_pages: u64,
     /// Pages kept compressed.
     pub unique_pages: u64,
+    /// Pages, of all these, that were neither read nor encoded: nobody has written to them since the
+    /// restore before.
+    pub reused_pages: u64,
     /// The dedup domain.
     pub domain: String,
     /// Reading and encoding, microseconds.

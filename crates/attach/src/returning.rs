@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use medes_agent::RestoreError;
-use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Revived, Served};
+use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Served};
 
 /// Pages filled in before faults get their turn: what a thread may have to wait for.
 const FILL_PAGES: u64 = 16;
@@ -21,42 +21,62 @@ pub(crate) struct Returned {
 }
 
 /// Brings all memory back while the group runs. Returns when nothing is missing and every
-/// userfaultfd has been released, or the last process has ended.
+/// userfaultfd has been released, or the last process has ended. With `keep` those that tell of
+/// writes are not released: they are left in `spaces`, and have to be served on.
 ///
 /// # Errors
-/// [`RestoreError`]: the group must be killed, for a thread may wait for ever.
-pub(crate) fn bring_back(revived: Revived) -> Result<Returned, RestoreError> {
+/// [`RestoreError`]: a group that lacks pages must be killed, for a thread may wait for ever. Until
+/// it has been, `spaces` may not be dropped: it would read zeros.
+pub(crate) fn bring_back(
+    spaces: &mut Vec<Arc<AddressSpace>>,
+    keep: bool,
+) -> Result<Returned, RestoreError> {
     let mut buffers = RestoreBuffers::default();
-    let mut spaces = revived.spaces;
     let mut returned = Returned::default();
-    while !spaces.is_empty() {
+    let is_due = |space: &Arc<AddressSpace>| !keep || space.filling() == Filling::Going;
+    while spaces.iter().any(is_due) {
         let mut children = Vec::new();
-        let mut left = Vec::with_capacity(spaces.len());
-        for n in 0..spaces.len() {
-            // A thread of any of them may be waiting.
-            for space in &spaces {
-                let mut served = Served::default();
-                match space.serve(NEIGHBOURS, &mut buffers, &mut served) {
-                    Ok(()) => {}
-                    Err(error) if error.is_gone() => {}
-                    Err(error) => return Err(error),
-                }
-                note(&mut returned, &mut children, served);
-            }
-            let space = &spaces[n];
+        let left = advance(spaces, keep, &mut buffers, &mut returned, &mut children);
+        let mut is_left = left.iter().flatten().copied();
+        spaces.retain(|_| is_left.next().unwrap_or(true));
+        spaces.extend(children);
+        left?;
+    }
+    Ok(returned)
+}
+
+/// Brings some memory back to each process. Returns which of them are to be served on.
+fn advance(
+    spaces: &[Arc<AddressSpace>],
+    keep: bool,
+    buffers: &mut RestoreBuffers,
+    returned: &mut Returned,
+    children: &mut Vec<Arc<AddressSpace>>,
+) -> Result<Vec<bool>, RestoreError> {
+    let mut left = Vec::with_capacity(spaces.len());
+    for next in spaces {
+        // A thread of any of them may be waiting.
+        for space in spaces {
             let mut served = Served::default();
-            match space.fill(FILL_PAGES, false, &mut buffers, &mut served) {
-                Ok(Filling::Released) => {}
-                Ok(Filling::Going | Filling::Done) => left.push(Arc::clone(space)),
+            let result = space.serve(NEIGHBOURS, buffers, &mut served);
+            note(returned, children, served);
+            match result {
+                Ok(()) => {}
                 Err(error) if error.is_gone() => {}
                 Err(error) => return Err(error),
             }
-            note(&mut returned, &mut children, served);
         }
-        left.extend(children);
-        spaces = left;
+        let mut served = Served::default();
+        let result = next.fill(FILL_PAGES, keep, buffers, &mut served);
+        note(returned, children, served);
+        left.push(match result {
+            Ok(Filling::Released) => false,
+            Ok(Filling::Going | Filling::Done) => true,
+            Err(error) if error.is_gone() => false,
+            Err(error) => return Err(error),
+        });
     }
-    Ok(returned)
+    Ok(left)
 }
 
 fn note(returned: &mut Returned, children: &mut Vec<Arc<AddressSpace>>, served: Served) {

@@ -93,6 +93,24 @@ print("ready", flush=True)
 serve(sys.stdin, sys.stdout)
 "#;
 
+/// One process that forks when it is told to: a child that does nothing and ends with its parent.
+const FORKS: &str = r#"
+import time
+def asked():
+    for line in sys.stdin:
+        if line != "fork\n":
+            yield line
+            continue
+        parent = os.getpid()
+        if os.fork() == 0:
+            while os.getppid() == parent:
+                time.sleep(0.02)
+            os._exit(0)
+        print("forked", flush=True)
+print("ready", flush=True)
+serve(asked(), sys.stdout)
+"#;
+
 /// A parent that asks its child, which has memory of its own, each time.
 const PARENT: &str = r#"
 down, up = os.pipe(), os.pipe()
@@ -166,6 +184,19 @@ impl Subject {
 
     fn pid(&self) -> String {
         self.child.id().to_string()
+    }
+
+    fn fork(&mut self) {
+        writeln!(self.input, "fork").expect("takes a line");
+        assert_eq!(self.line(), "forked");
+    }
+
+    /// The process that it has forked.
+    fn forked(&self) -> nix::unistd::Pid {
+        let pid = self.pid();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.expect("alive");
+        nix::unistd::Pid::from_raw(children.trim().parse().expect("one child"))
     }
 
     fn is_killed_within(&mut self, limit: Duration) -> bool {
@@ -243,9 +274,12 @@ fn a_tree_that_shares_its_cgroup_with_others() {
     assert_eq!(dry["processes"], 2);
     assert_eq!(holder.attached(), 0);
     subject.check();
-    for _ in 0..3 {
+    for round in 0..4 {
         let done = holder.json(&["dedup", "--pid", &subject.pid()]);
         assert!(bytes(&done, "image_bytes") * 2 < bytes(&done, "private_bytes"), "{done}");
+        let reused = bytes(&done, "reused_pages") * 4096;
+        // Nearly all is as it was after the restore before.
+        assert_eq!(reused > bytes(&done, "private_bytes") / 2, round > 0, "{done}");
         assert_ne!(cgroup_of(&subject.pid()), before);
         assert_eq!(cgroup_of(&bystander.pid()), before);
         bystander.check();
@@ -315,6 +349,39 @@ fn a_container_with_namespaces_and_a_seccomp_filter() {
         subject.check();
         holder.json(&["restore", "--all", "--wait"]);
     }
+    subject.check();
+}
+
+#[test]
+fn a_group_with_other_processes_than_before_is_read_anew() {
+    let holder = Holder::new();
+    let mut subject = Subject::start(&[SUBJECT, FORKS]);
+    let dedup = |subject: &mut Subject, processes: usize| {
+        let done = holder.json(&["dedup", "--pid", &subject.pid()]);
+        assert_eq!(done["processes"], processes);
+        holder.json(&["restore", "--pid", &subject.pid(), "--wait"]);
+        subject.check();
+        subject.check();
+        bytes(&done, "reused_pages")
+    };
+    assert_eq!(dedup(&mut subject, 1), 0);
+    assert!(dedup(&mut subject, 1) > 0);
+    subject.fork();
+    assert_eq!(dedup(&mut subject, 2), 0);
+    assert!(dedup(&mut subject, 2) > 0);
+    // The first is as it was, in the place of the second there is another one.
+    let before = subject.forked();
+    nix::sys::signal::kill(before, nix::sys::signal::Signal::SIGKILL).expect("kills");
+    let status = || fs::read_to_string(format!("/proc/{before}/status")).expect("not waited for");
+    while !status().contains("State:\tZ") {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    subject.fork();
+    assert_eq!(dedup(&mut subject, 2), 0);
+    assert!(dedup(&mut subject, 2) > 0);
+    // The holder's end lets go of it.
+    let pid = nix::unistd::Pid::from_raw(holder.pid());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("kills");
     subject.check();
 }
 
@@ -401,6 +468,7 @@ fn events_tell_what_happened() {
     holder.json(&["dedup", "--pid", &subject.pid()]);
     holder.json(&["restore", "--all", "--wait"]);
     subject.check();
+    drop(subject);
     // Ends when the holder does, which has nothing to do any more.
     let output = holder.run(&["status", "--watch", "--json"]);
     let text = String::from_utf8(output.stdout).expect("text");

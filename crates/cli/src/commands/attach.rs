@@ -22,8 +22,8 @@ pub const HOLDER_COMMAND: &str = "attach-holder";
 /// Deduplicate processes, cgroups and containers that Medes has not started.
 ///
 /// With or without a running platform: a small process in the background holds what brings the
-/// memory back, as long as something is attached. If it is killed, so are the processes that lack
-/// memory then.
+/// memory back, as long as something is attached, and for ten minutes more, so that another dedup
+/// takes less time. If it is killed, so are the processes that lack memory then.
 #[derive(Debug, Args)]
 pub struct AttachCommand {
     /// Where the socket of the process in the background is.
@@ -102,7 +102,7 @@ struct RestoreCommand {
 
 #[derive(Debug, Args)]
 struct StatusCommand {
-    /// Show what happened lately, and go on with what happens until nothing is attached any more.
+    /// Show what happened lately, and go on with what happens until the process in the background ends.
     #[arg(short, long)]
     watch: bool,
     #[command(flatten)]
