@@ -43,6 +43,16 @@ impl ImageIndex {
     /// # Errors
     /// [`RestoreError`] if it can't be read or names base pages that are not there.
     pub fn open(view: Arc<View>, image: Extent) -> Result<Self, RestoreError> {
+        let index = Self::open_again(view, image)?;
+        index.check_bases()?;
+        Ok(index)
+    }
+
+    /// Opens an image that was opened before: its base pages are there for as long as it is.
+    ///
+    /// # Errors
+    /// [`RestoreError`] if it can't be read.
+    pub(crate) fn open_again(view: Arc<View>, image: Extent) -> Result<Self, RestoreError> {
         let bytes = view.bytes(image);
         let (table, patches) = Table::decode(bytes)?;
         let patches_at = bytes.len() - patches.len();
@@ -58,9 +68,7 @@ impl ImageIndex {
             }
             offsets.push(of_process);
         }
-        let index = Self { view, image, table, patches_at, offsets };
-        index.check_bases()?;
-        Ok(index)
+        Ok(Self { view, image, table, patches_at, offsets })
     }
 
     fn check_bases(&self) -> Result<(), RestoreError> {

@@ -110,7 +110,7 @@ impl HeldImage {
         working_set: &Prefetch,
         buffers: &mut RestoreBuffers,
     ) -> Result<Revived, RestoreError> {
-        let index = Arc::new(ImageIndex::open(self.view, self.image)?);
+        let index = Arc::new(ImageIndex::open_again(self.view, self.image)?);
         let mut pages = 0;
         let mut spaces = Vec::with_capacity(self.userfaults.len());
         for (process, userfault) in self.userfaults.into_iter().enumerate() {
