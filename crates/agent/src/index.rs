@@ -38,6 +38,11 @@ impl ImageIndex {
         self.image
     }
 
+    /// What it is read through.
+    pub(crate) fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view)
+    }
+
     /// Opens an image.
     ///
     /// # Errors

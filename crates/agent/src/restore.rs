@@ -53,10 +53,46 @@ impl Default for RestoreBuffers {
     }
 }
 
+/// An image that can be read, and whose base pages are all there.
+pub struct OpenImage(Box<ImageIndex>);
+
+impl OpenImage {
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// [`RestoreError`] with what is wrong.
+    pub fn open(view: Arc<View>, image: Extent) -> Result<Self, RestoreError> {
+        ImageIndex::open(view, image).map(|index| Self(Box::new(index)))
+    }
+
+    /// Where it lies.
+    #[must_use]
+    pub fn extent(&self) -> Extent {
+        self.0.extent()
+    }
+
+    /// Takes charge of it. It stays open, for a restore that comes at once, until
+    /// [`HeldImage::close`].
+    ///
+    /// # Errors
+    /// [`RestoreError::Descriptors`].
+    pub fn hold(self, userfaults: Vec<OwnedFd>) -> Result<HeldImage, RestoreError> {
+        let Self(index) = self;
+        let (descriptors, processes) = (userfaults.len(), index.table().processes.len());
+        if descriptors != processes {
+            return Err(RestoreError::Descriptors { descriptors, processes });
+        }
+        let (view, image) = (index.view(), index.extent());
+        Ok(HeldImage { view, image, open: Some(index), userfaults, left: Vec::new() })
+    }
+}
+
 /// What brings one dedup sandbox's memory back: its image and its userfaultfds.
 pub struct HeldImage {
     view: Arc<View>,
     image: Extent,
+    /// The image, as long as it is open: much larger than it is in the page store.
+    open: Option<Box<ImageIndex>>,
     userfaults: Vec<OwnedFd>,
     /// For each process what the image has, but is where it was.
     left: Vec<Vec<Range<u64>>>,
@@ -73,12 +109,14 @@ impl HeldImage {
         image: Extent,
         userfaults: Vec<OwnedFd>,
     ) -> Result<Self, RestoreError> {
-        let index = ImageIndex::open(Arc::clone(&view), image)?;
-        let (descriptors, processes) = (userfaults.len(), index.table().processes.len());
-        if descriptors != processes {
-            return Err(RestoreError::Descriptors { descriptors, processes });
-        }
-        Ok(Self { view, image, userfaults, left: Vec::new() })
+        let mut held = OpenImage::open(view, image)?.hold(userfaults)?;
+        held.close();
+        Ok(held)
+    }
+
+    /// Gives back the memory that an open image takes.
+    pub fn close(&mut self) {
+        self.open = None;
     }
 
     /// Notes what was not dropped after all, for each process: it lacks nothing, and nothing of it
@@ -110,7 +148,11 @@ impl HeldImage {
         working_set: &Prefetch,
         buffers: &mut RestoreBuffers,
     ) -> Result<Revived, RestoreError> {
-        let index = Arc::new(ImageIndex::open_again(self.view, self.image)?);
+        let index = match self.open {
+            Some(index) => *index,
+            None => ImageIndex::open_again(self.view, self.image)?,
+        };
+        let index = Arc::new(index);
         let mut pages = 0;
         let mut spaces = Vec::with_capacity(self.userfaults.len());
         for (process, userfault) in self.userfaults.into_iter().enumerate() {

@@ -69,6 +69,13 @@ pub enum Command {
         /// The sandbox.
         sandbox: SandboxId,
     },
+    /// Look whether an image can be read that is to be held soon.
+    Examine {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// Where the image lies in the page store.
+        image: Extent,
+    },
     /// Take hold of what brings a frozen sandbox's memory back, before that memory is dropped.
     Hold {
         /// The sandbox.

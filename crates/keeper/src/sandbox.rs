@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use medes_agent::restore::{HeldImage, RestoreBuffers};
+use medes_agent::restore::{HeldImage, OpenImage, RestoreBuffers};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::{Prefetch, WorkingSet};
 use medes_core::SandboxId;
@@ -18,6 +18,7 @@ use medes_memory::guard::{Order, Orders};
 use medes_runtime::lambda::deadline_ms;
 use medes_runtime::{LambdaApi, Request, RuntimeEvent};
 use medes_sandbox::{Exit, Running};
+use medes_store::Extent;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -75,6 +76,8 @@ struct State {
     deadline: Option<tokio::time::Instant>,
     orphan: Option<Orphan>,
     memory: Memory,
+    /// An image that it is to be deduplicated to, found whole.
+    examined: Option<OpenImage>,
     ended: Option<Ending>,
 }
 
@@ -358,6 +361,7 @@ impl Held {
             Memory::Suspended(_) => return Err("the sandbox is being deduplicated".into()),
         }
         let left = request.deadline_ms.saturating_sub(deadline_ms(0));
+        state.examined = None;
         self.requests.fetch_add(1, Ordering::AcqRel);
         self.api.send(request).map_err(|busy| busy.to_string())?;
         state.pending = Some(answer);
@@ -391,6 +395,26 @@ impl Held {
         };
         let limited = tokio::time::timeout(IDLE_LIMIT, idle).await;
         limited.unwrap_or_else(|_| Err("the sandbox is not waiting for a request".into()))
+    }
+
+    /// Keeps an image at hand that is to be held soon.
+    pub(crate) fn examined(&self, caller: &Caller, image: OpenImage) -> Result<(), String> {
+        let mut state = self.lock();
+        caller.check()?;
+        state.examined = Some(image);
+        Ok(())
+    }
+
+    /// The image at hand, if it is this one. There is none at hand any more then.
+    pub(crate) fn take_examined(&self, image: Extent) -> Option<OpenImage> {
+        self.lock().examined.take().filter(|examined| examined.extent() == image)
+    }
+
+    /// Gives back what an image takes that is held and open.
+    pub(crate) fn close_image(&self) {
+        if let Memory::Held(image, _) = &mut self.lock().memory {
+            image.close();
+        }
     }
 
     /// Takes what brings the sandbox's memory back. `written` is, for each of its processes, what

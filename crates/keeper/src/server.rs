@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use medes_agent::restore::{HeldImage, RestoreBuffers};
+use medes_agent::restore::{OpenImage, RestoreBuffers};
 use medes_core::SandboxId;
 use medes_memory::guard::{Guard, Orders};
 use medes_sandbox::CgroupRoot;
@@ -22,6 +22,10 @@ use crate::protocol::{self, Call, Command, Listed, Message, Reply, Start, Starte
 use crate::returning::Service;
 use crate::sandbox::{Common, Held, News, Settings};
 use crate::spawner::Spawner;
+
+/// How long an image stays open after it was taken hold of. A request that comes while the memory is
+/// being dropped saves the time to open it.
+const OPEN: Duration = Duration::from_secs(1);
 
 /// How a keeper is set up.
 #[derive(Clone, Debug)]
@@ -233,6 +237,7 @@ impl Shared {
                 Ok(held) => done(held.idle().await),
                 Err(why) => Reply::Refused(why),
             },
+            Command::Examine { sandbox, image } => done(self.examine(caller, sandbox, image)),
             Command::Hold { sandbox, image, userfaults, written } => {
                 done(self.hold(caller, sandbox, image, &userfaults, &written))
             }
@@ -390,10 +395,28 @@ impl Shared {
         written: &[Vec<Range<u64>>],
     ) -> Result<(), String> {
         let held = self.find(sandbox)?;
-        let view = lock(&self.store).clone().ok_or("no page store: say hello first")?;
         let userfaults = userfaults.iter().map(|number| caller.take_descriptor(*number));
-        let image = HeldImage::open(view, image, userfaults.collect::<Result<_, _>>()?);
-        held.hold(caller, image.map_err(|error| error.to_string())?, written)
+        let userfaults = userfaults.collect::<Result<_, _>>()?;
+        let image = match held.take_examined(image) {
+            Some(image) => image,
+            None => self.open_image(image)?,
+        };
+        let image = image.hold(userfaults).map_err(|error| error.to_string())?;
+        held.hold(caller, image, written)?;
+        tokio::spawn(async move {
+            tokio::time::sleep(OPEN).await;
+            held.close_image();
+        });
+        Ok(())
+    }
+
+    fn examine(&self, caller: &Caller, sandbox: SandboxId, image: Extent) -> Result<(), String> {
+        self.find(sandbox)?.examined(caller, self.open_image(image)?)
+    }
+
+    fn open_image(&self, image: Extent) -> Result<OpenImage, String> {
+        let view = lock(&self.store).clone().ok_or("no page store: say hello first")?;
+        OpenImage::open(view, image).map_err(|error| error.to_string())
     }
 
     /// Runs `work` where it may block, with buffers that earlier work has used, if there are any.

@@ -262,6 +262,10 @@ impl KeeperHolds {
 }
 
 impl Holder for KeeperHolds {
+    fn examine(&self, image: &ImageHandle) -> Result<(), String> {
+        self.order(Command::Examine { sandbox: self.sandbox, image: image.extent() })
+    }
+
     fn hold(
         &self,
         image: &ImageHandle,

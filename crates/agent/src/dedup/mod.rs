@@ -75,6 +75,16 @@ pub struct Options {
 /// Who takes hold of a sandbox's image and userfaultfds before its pages are dropped, and outlives
 /// this operation: the keeper.
 pub trait Holder: Sync {
+    /// Looks whether the image can be read, while a request has the sandbox run at once: so
+    /// [`Holder::hold`], during which it has to wait, need not.
+    ///
+    /// # Errors
+    /// Why it can't be read.
+    fn examine(&self, image: &ImageHandle) -> Result<(), String> {
+        let _ = image;
+        Ok(())
+    }
+
     /// Takes hold. `written` says, for each process, what was written to since the restore before,
     /// if there was one.
     ///
@@ -379,7 +389,7 @@ impl Operation<'_> {
         self.check_cancelled()?;
         let old = previous.map(|previous| &previous.image);
         let mut userfaults = std::mem::take(&mut standing.userfaults);
-        let fresh = standing.fresh;
+        let (fresh, holder) = (standing.fresh, standing.holder);
         let work = || {
             let stop = || self.cancel.is_requested();
             let plan = Plan::of(&pids, spaces.as_deref(), &stop);
@@ -387,6 +397,10 @@ impl Operation<'_> {
             let plan = plan.map_err(Hindrance::Plan)?;
             let registered = self.register(&mut userfaults, fresh, &plan)?;
             let made = self.make(&plan, &registered, old)?;
+            if let Err(why) = holder.examine(&made.image) {
+                self.store.remove_image(made.image);
+                return Err(Hindrance::Holder(why).into());
+            }
             Ok((plan, registered, made))
         };
         let worked: Watched<Result<_, DedupError>> = standing.watch(work)?;
