@@ -99,10 +99,7 @@ impl<'a, F: Freezer> Standing<'a, F> {
         let mut session = Session::open(&mut self.freezer, &SeizeOptions::default())
             .map_err(Hindrance::Session)?;
         if self.cancel.is_requested() {
-            let resumed = session.resume();
-            self.phase = if resumed.is_ok() { Phase::Runs } else { Phase::Frozen };
-            resumed.map_err(Hindrance::Session)?;
-            return Err(DedupError::Cancelled);
+            return leave(session, &mut self.phase);
         }
         let mut result = Ok(());
         if self.fresh {
@@ -116,6 +113,9 @@ impl<'a, F: Freezer> Standing<'a, F> {
                 Ok(userfaults) => self.userfaults = userfaults,
                 Err(error) => result = Err(Hindrance::Userfault(error).into()),
             }
+        }
+        if self.cancel.is_requested() {
+            return leave(session, &mut self.phase);
         }
         let closed = session.close();
         // It lacks nothing yet: if it could not be led back, or frozen again, it is dead, or as it
@@ -213,6 +213,14 @@ impl<'a, F: Freezer> Standing<'a, F> {
         }
         Ok(())
     }
+}
+
+/// A request wants the sandbox: it runs on from where it is stopped.
+fn leave<F: Freezer>(session: Session<F>, phase: &mut Phase) -> Result<(), DedupError> {
+    let left = session.run_on();
+    *phase = if left.is_ok() { Phase::Runs } else { Phase::Frozen };
+    left.map_err(Hindrance::Session)?;
+    Err(DedupError::Cancelled)
 }
 
 fn lost(what: &str, why: &dyn std::fmt::Display) -> DedupError {
