@@ -255,8 +255,9 @@ impl Operation<'_> {
     }
 
     /// Drops every page that the image can bring back, but those that the kernel itself touches,
-    /// and those that are left when a request comes. Returns for each process the registered
-    /// ranges that are left: they are not as a restore would expect them.
+    /// and those that are left when a request comes. Returns for each process the registered pages
+    /// that are left: they are not as a restore would expect them. What was away before is not among
+    /// them, the image brings it back.
     fn drop_all<F: Freezer>(
         &self,
         session: &mut Session<F>,
@@ -278,14 +279,30 @@ impl Operation<'_> {
                         tracing::debug!(%error, "a mapping stays resident");
                     }
                 }
-                let ranges =
-                    step.anonymous.into_iter().chain(step.replace.into_iter().map(|r| r.range));
-                of_process.extend(ranges.filter(|range| !goes || !userfault.covers(range)));
+                let anonymous = step.anonymous.into_iter();
+                let ranges = anonymous.chain(step.replace.into_iter().map(|r| r.range));
+                let stay = ranges.filter(|range| !goes || !userfault.covers(range));
+                of_process.extend(stay.flat_map(|range| match userfault.covers(&range) {
+                    true => there(process, &range),
+                    // Nothing of it can be away.
+                    false => vec![range],
+                }));
             }
             left.push(of_process);
         }
         Ok(left)
     }
+}
+
+/// What is there of a range of a process's memory.
+fn there(process: &ProcessPlan, range: &Range<u64>) -> Vec<Range<u64>> {
+    let after = process.mappings.partition_point(|mapping| mapping.end <= range.start);
+    let mappings = process.mappings[after..].iter().take_while(|m| m.start < range.end);
+    let parts = mappings.flat_map(|mapping| &mapping.there);
+    parts
+        .map(|part| part.start.max(range.start)..part.end.min(range.end))
+        .filter(|part| part.start < part.end)
+        .collect()
 }
 
 fn text(error: impl std::fmt::Display) -> String {
@@ -425,6 +442,13 @@ mod tests {
         let missed: Vec<_> =
             there.iter().flat_map(|range| without(range.clone(), &dropped)).collect();
         assert_eq!(missed, [kept]);
+        // What is away is nobody's to leave.
+        let mut left: Vec<_> =
+            dropped.iter().flat_map(|range| super::there(&process, range)).collect();
+        left.retain(|range| rest.contains(&range.start));
+        assert!(left.iter().all(|r| there.iter().any(|t| t.start <= r.start && r.end <= t.end)));
+        let pages: u64 = left.iter().map(|range| (range.end - range.start) / PAGE).sum();
+        assert_eq!(pages, 400 + 100);
         assert!(dropped.windows(2).all(|two| two[0].end <= two[1].start), "{dropped:x?}");
         let registered: Vec<_> = all.iter().flat_map(|step| step.register.clone()).collect();
         assert_eq!(registered, [whole, rest]);
