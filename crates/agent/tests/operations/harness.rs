@@ -20,6 +20,7 @@ use medes_agent::restore::{
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
 use medes_core::{DomainId, FunctionId, NodeId};
+use medes_memory::ranges::slices;
 use medes_memory::session::{Freezer, Thaw, on_tracer_thread};
 use medes_pages::FingerprintConfig;
 use medes_registry::{Near, Registry, Scope};
@@ -268,6 +269,22 @@ impl Bench {
         let served = serve_while(&revived, || target.check());
         finish(&revived, false);
         served.touched
+    }
+
+    /// Lets the target run with every other block of its pages; it is watched then, and served by
+    /// nobody yet.
+    pub fn restore_half(&self, target: &Target) {
+        let mut blocks = vec![Vec::new()];
+        if let Some(image) = &*self.held.lock().unwrap() {
+            blocks = pages_of(self.view(), image);
+        }
+        for ranges in &mut blocks {
+            let halves = ranges.iter().flat_map(|range| slices(range.clone(), 16 << 12));
+            *ranges =
+                halves.map(|slice| slice.start..slice.end.min(slice.start + (8 << 12))).collect();
+        }
+        let revived = self.revive(target, &Prefetch::of(&blocks));
+        *self.watched.lock().unwrap() = revived.spaces;
     }
 
     /// Serves the memory that is watched while `meanwhile` runs.

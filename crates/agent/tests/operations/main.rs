@@ -377,6 +377,48 @@ fn a_request_cancels_the_next_dedup_at_any_moment() {
 }
 
 #[test]
+fn what_was_away_before_is_not_left_when_a_request_comes_again() {
+    let mut bench = bench();
+    let mut target = Target::start(20);
+    let mut done = bench.dedup(&target, true).expect("deduplicates");
+    let mut taken_back = 0;
+    for n in 0..16u64 {
+        // Every other block of pages is there, the rest still away.
+        bench.restore_half(&target);
+        let cancel = Arc::new(Cancel::default());
+        let request = Arc::clone(&cancel);
+        bench.on_hold = Box::new(move || {
+            let request = Arc::clone(&request);
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_micros(200 + n * 150));
+                request.request();
+            });
+            Ok(())
+        });
+        let again = bench.dedup_with(&target, false, Some(&bench.previous(&done)), &cancel);
+        match again {
+            Ok(again) => {
+                taken_back += usize::from(again.taken_back);
+                drop(done.userfaults);
+                bench.store.remove_image(done.image);
+                done = again;
+                bench.restore_watched(&mut target, true, Target::check);
+            }
+            Err(DedupError::Cancelled) => bench.serve_watched(|| target.check()),
+            Err(other) => panic!("{other}"),
+        }
+        bench.on_hold = Box::new(|| Ok(()));
+        let again = bench.dedup_again(&target, &done).expect("deduplicates");
+        drop(done.userfaults);
+        bench.store.remove_image(done.image);
+        done = again;
+    }
+    assert!(taken_back > 0);
+    bench.restore(&mut target, Target::check);
+    bench.give_back(done);
+}
+
+#[test]
 fn a_corrupt_store_never_reaches_a_process() {
     use std::os::unix::fs::FileExt;
     let bench = bench();
