@@ -163,6 +163,7 @@ impl<'a> PageEncoder<'a> {
         self.fingerprints.clear();
         self.candidates.clear();
         for (n, (address, page)) in addresses.iter().zip(pages).enumerate() {
+            self.check_stopped()?;
             if let Some(Some(before)) = before.get(n)
                 && let Some(source) = self.like(before, page)?
             {
@@ -191,9 +192,7 @@ impl<'a> PageEncoder<'a> {
                 alike = end;
                 continue;
             }
-            if self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
-                return Err(EncodeError::Stopped);
-            }
+            self.check_stopped()?;
             let (near_miss, found) = match open.next_if(|((page, _), _)| *page == n) {
                 Some(((_, near_miss), k)) => (near_miss, self.candidates[k].map(|c| c.base)),
                 None => (same_place, None),
@@ -203,6 +202,13 @@ impl<'a> PageEncoder<'a> {
         }
         self.open = Vec::new();
         Ok(())
+    }
+
+    fn check_stopped(&self) -> Result<(), EncodeError> {
+        match self.stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+            true => Err(EncodeError::Stopped),
+            false => Ok(()),
+        }
     }
 
     /// A patch like the one that an earlier image has of the page, appended to `self.alike`, or the

@@ -137,9 +137,10 @@ impl HeldImage {
         &self.userfaults
     }
 
-    /// Puts back what must be there before the sandbox runs: pages of private file mappings, and
-    /// of the rest those in `working_set`. The sandbox must be frozen. It may be thawed if this succeeds, as long as
-    /// the answer's address spaces are served; it must be killed if not.
+    /// Puts back what must be there before the sandbox runs: pages of private file mappings, and of
+    /// the rest those in `working_set`. The sandbox must be frozen, or all its threads stopped. It may
+    /// run if this succeeds, as long as the answer's address spaces are served; it must be killed if
+    /// not.
     ///
     /// # Errors
     /// [`RestoreError`].

@@ -84,8 +84,7 @@ pub struct DedupReport {
     pub patched_pages: u64,
     /// Pages kept compressed.
     pub unique_pages: u64,
-    /// Pages, of all these, that were neither read nor encoded: nobody has written to them since the
-    /// restore before.
+    /// Pages, of all these, that were taken over from the image before: nobody has changed them since.
     pub reused_pages: u64,
     /// The dedup domain.
     pub domain: String,

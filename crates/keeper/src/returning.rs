@@ -23,8 +23,8 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 /// Threads that answer faults.
 const SERVERS: usize = 2;
 
-/// Pages put back with each one that a thread waits for: none. Ten times as many would cost hardly
-/// more now, and the next request more than that: which of them are needed would not be learned.
+/// Pages put back for each one that a thread waits for: that one. What came with it unasked would
+/// never be learned to be needed, and the next restore would have to wait for it again.
 const NEIGHBOURS: u64 = 1;
 
 /// Bytes of the working set that are put back between two looks for faults, if the sandbox runs
@@ -39,7 +39,7 @@ pub(crate) struct Returning {
     /// The restore's number; no two restores of a keeper have the same.
     number: u64,
     since: Instant,
-    /// Whether the rest shall be filled in after the first request.
+    /// Whether the rest shall be filled in if it is used often.
     fill: AtomicBool,
     spaces: Mutex<Vec<Watch>>,
     touched: Mutex<Vec<Vec<u64>>>,

@@ -17,12 +17,6 @@ pub fn raise_this_thread() {
     set(-10, Duration::ZERO);
 }
 
-/// Gives the calling thread the ordinary priority again (nice 0), and lets whoever wakes up go
-/// first.
-pub fn level_this_thread() {
-    set(0, LONGEST);
-}
-
 /// Makes the calling thread yield to every thread of ordinary priority (nice 10), for work that
 /// nobody waits for. Best effort; threads that it starts inherit it.
 pub fn lower_this_thread() {

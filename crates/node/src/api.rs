@@ -223,8 +223,8 @@ pub trait NodeApi: Send + Sync + 'static {
     /// whether it did ([`DedupFailure::Cancelled`]) or had passed the point of no return.
     fn cancel_dedup(&self, sandbox: SandboxId);
 
-    /// Brings a dedup sandbox back to warm. What it does not touch follows in the background, or,
-    /// without `fill`, stays deduplicated.
+    /// Brings a dedup sandbox back to warm. What it does not touch follows in the background if it
+    /// is used often, or, without `fill`, stays deduplicated.
     fn restore(
         &self,
         sandbox: SandboxId,

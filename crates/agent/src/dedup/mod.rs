@@ -282,8 +282,7 @@ pub struct Counts {
     pub overhead_bytes: u64,
     /// Reading and encoding, microseconds. A request has the sandbox run at once in this time.
     pub encode_us: u64,
-    /// Stopping, handing over, dropping, microseconds. A request waits for one step of it, and for
-    /// what has been dropped.
+    /// Stopping, handing over, dropping, microseconds. A request waits for one step of it.
     pub commit_us: u64,
 }
 

@@ -91,8 +91,7 @@ pub struct WholeOperation {
     pub cpu_ms: f64,
     /// Of that, reading and encoding: a request that comes takes the sandbox back.
     pub encode_ms: f64,
-    /// Of that, with all threads stopped: a request that comes waits for a step of it, and for what
-    /// has been dropped.
+    /// Of that, with all threads stopped: a request that comes waits for a step of it.
     pub pause_ms: f64,
     /// From a request's coming, at any moment before pages are dropped, until the sandbox runs as
     /// if nothing had happened: the longest, milliseconds.

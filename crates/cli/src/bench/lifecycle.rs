@@ -386,8 +386,8 @@ impl Report {
         out.push_str(&self.operations());
         out.push_str(
             "\nDedup operations: the first of a sandbox, the second after one request, those of the \
-             cycles. CPU: of the\nplatform's own processes. PAUSE: the part in which a request would \
-             wait.\n",
+             cycles. CPU: of the\nplatform's own processes. PAUSE: the part with threads stopped; a \
+             request waits for a step of it.\n",
         );
         out
     }
