@@ -261,6 +261,11 @@ impl Returning {
         }
     }
 
+    /// Whether the working set is back, or on its way.
+    pub(crate) fn has_prefetched(&self) -> bool {
+        self.prefetch.get().is_some()
+    }
+
     /// The restore's number.
     pub(crate) fn number(&self) -> u64 {
         self.number

@@ -519,10 +519,31 @@ impl Held {
     }
 
     /// Puts back what must be there and lets the sandbox run; the rest of its memory follows as it
-    /// is touched, and with `fill` in the background if it is used often. `left` is what of it has
-    /// not been dropped, if a request takes the sandbox back in the middle of that. When it fails
-    /// the sandbox is killed: it may not run with missing pages that nobody brings. Blocks.
+    /// is touched, and with `fill` in the background if it is used often. When it fails the sandbox
+    /// is killed: it may not run with missing pages that nobody brings. Blocks.
     pub(crate) fn restore(
+        &self,
+        caller: &Caller,
+        fill: bool,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<Restored, String> {
+        self.bring_back(caller, None, fill, buffers)
+    }
+
+    /// As [`Held::restore`], while the sandbox's memory is being dropped by somebody who lets it run
+    /// then: only what it touches comes until [`Held::prefetch`]. `left` is what has not been
+    /// dropped.
+    pub(crate) fn take_back(
+        &self,
+        caller: &Caller,
+        left: Vec<Vec<Range<u64>>>,
+        buffers: &mut RestoreBuffers,
+    ) -> Result<Restored, String> {
+        // It is not known whether memory is short: what is used often comes back.
+        self.bring_back(caller, Some(left), true, buffers)
+    }
+
+    fn bring_back(
         &self,
         caller: &Caller,
         left: Option<Vec<Vec<Range<u64>>>>,
@@ -540,7 +561,6 @@ impl Held {
             }
         };
         let start = Instant::now();
-        // A request waits already, and most may be there: what is gone comes back while it runs.
         let runs = left.is_some();
         left.into_iter().for_each(|left| image.leave(left));
         let restored = self.revive(image, runs, fill, buffers, start);
@@ -608,6 +628,14 @@ impl Held {
             (self.tell)(News::Filled(memory.number(), false));
         }
         Ok(())
+    }
+
+    /// Whether the sandbox was taken back and its working set is still to follow.
+    pub(crate) fn lacks_working_set(&self) -> bool {
+        match &self.lock().memory {
+            Memory::Returning(memory) => !memory.has_prefetched(),
+            _ => false,
+        }
     }
 
     /// Puts the working set back, if the sandbox runs already. Blocks.

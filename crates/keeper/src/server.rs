@@ -18,7 +18,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::caller::Caller;
-use crate::protocol::{self, Call, Command, Listed, Message, Reply, Start, Started, VERSION};
+use crate::protocol::{
+    self, Call, Command, Listed, Message, Reply, Restored, Start, Started, VERSION,
+};
 use crate::returning::Service;
 use crate::sandbox::{Common, Held, News, Settings};
 use crate::spawner::Spawner;
@@ -224,6 +226,16 @@ impl Shared {
                     held.invoke(caller, request, answer)?;
                     Ok(held)
                 });
+                if sent.as_ref().is_ok_and(|held| held.lacks_working_set()) {
+                    let behind = |held: &Arc<Held>, buffers: &mut RestoreBuffers| {
+                        // The request comes first.
+                        medes_memory::priority::lower_this_thread();
+                        held.prefetch(buffers);
+                        medes_memory::priority::raise_this_thread();
+                        Ok(())
+                    };
+                    tokio::spawn(Arc::clone(&self).with_buffers(sandbox, behind));
+                }
                 match sent {
                     Ok(held) => match answered.await {
                         Ok(answer) => Reply::Answered { answer, returned: held.returned() },
@@ -248,10 +260,14 @@ impl Shared {
                 done(self.find(sandbox).and_then(|held| held.leave(caller, ranges)))
             }
             Command::TakeBack { sandbox, left } => {
-                // It is not known whether memory is short: what is used often comes back.
-                self.restore(caller, sandbox, Some(left), true).await
+                self.take_back(caller, sandbox, left).map_or_else(Reply::Refused, Reply::Restored)
             }
-            Command::Restore { sandbox, fill } => self.restore(caller, sandbox, None, fill).await,
+            Command::Restore { sandbox, fill } => {
+                let caller = Arc::clone(caller);
+                let restored =
+                    self.with_buffers(sandbox, move |held, b| held.restore(&caller, fill, b)).await;
+                restored.map_or_else(Reply::Refused, Reply::Restored)
+            }
             Command::Complete { sandbox } => {
                 done(self.with_buffers(sandbox, |held, b| held.complete(b)).await)
             }
@@ -272,42 +288,21 @@ impl Shared {
         }
     }
 
-    /// Lets a sandbox run with its memory on its way back. `left` is what of it has not been dropped,
-    /// if somebody was about to.
-    async fn restore(
-        self: Arc<Self>,
-        caller: &Arc<Caller>,
+    /// Serves the memory of a sandbox again that a request takes back while it is being dropped, all
+    /// but what is `left`. It takes about as long as waking another thread for it would.
+    fn take_back(
+        &self,
+        caller: &Caller,
         sandbox: SandboxId,
-        left: Option<Vec<Vec<Range<u64>>>>,
-        fill: bool,
-    ) -> Reply {
-        let caller = Arc::clone(caller);
-        let (tell, told) = oneshot::channel();
-        let restore = self.with_buffers(sandbox, move |held, buffers| {
-            let is_late = left.is_some();
-            let restored = held.restore(&caller, left, fill, buffers);
-            let runs = restored.is_ok();
-            if is_late {
-                // Whoever is told comes first, and then the sandbox.
-                medes_memory::priority::lower_this_thread();
-            }
-            let _ = tell.send(restored);
-            if is_late {
-                if runs {
-                    held.prefetch(buffers);
-                }
-                medes_memory::priority::raise_this_thread();
-            }
-            Ok(())
-        });
-        let restoring = tokio::spawn(restore);
-        match told.await {
-            Ok(restored) => restored.map_or_else(Reply::Refused, Reply::Restored),
-            Err(_) => match restoring.await {
-                Ok(Err(why)) => Reply::Refused(why),
-                _ => refused("the restore was broken off"),
-            },
-        }
+        left: Vec<Vec<Range<u64>>>,
+    ) -> Result<Restored, String> {
+        let held = self.find(sandbox)?;
+        tokio::task::block_in_place(|| {
+            let mut buffers = lock(&self.buffers).pop().unwrap_or_default();
+            let restored = held.take_back(caller, left, &mut buffers);
+            lock(&self.buffers).push(buffers);
+            restored
+        })
     }
 
     async fn hello(

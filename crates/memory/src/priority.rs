@@ -23,8 +23,45 @@ pub fn lower_this_thread() {
     set(10, LONGEST);
 }
 
+/// Does what somebody waits for who is counted in fractions of a millisecond, before all that other
+/// threads do, but for work as urgent (`SCHED_FIFO`). Best effort: it needs CAP_SYS_NICE.
+///
+/// Among ordinary threads priority does not settle it: one that another interrupts has to wait
+/// until it is owed time again, and whoever is owed some meanwhile, of whatever priority, keeps the
+/// processor until the next tick of the clock, up to 4 ms.
+pub fn urgently<R>(work: impl FnOnce() -> R) -> R {
+    let _before = Raised::now();
+    work()
+}
+
+/// What the calling thread was before; it is that again when this is dropped.
+struct Raised(Option<Attributes>);
+
+impl Raised {
+    fn now() -> Self {
+        let mut before = Attributes::default();
+        let size = size_of::<Attributes>() as u32;
+        // SAFETY: the kernel writes at most `size` bytes to the address, which is writable and has
+        // that many. Thread 0 is the calling one.
+        let got =
+            unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut before, size, 0) == 0 };
+        let policy = libc::SCHED_FIFO as u32;
+        let urgent = Attributes { size, policy, priority: 1, ..Attributes::default() };
+        Self(Some(before).filter(|_| got && apply(&urgent)))
+    }
+}
+
+impl Drop for Raised {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            apply(before);
+        }
+    }
+}
+
 /// `struct sched_attr` of sched_setattr(2), its first version.
 #[repr(C)]
+#[derive(Clone, Default)]
 struct Attributes {
     size: u32,
     policy: u32,
@@ -48,11 +85,14 @@ fn set(nice: i32, slice: Duration) {
         deadline: 0,
         period: 0,
     };
+    apply(&attributes);
+}
+
+/// Gives the calling thread these attributes, and tells whether it has them now.
+fn apply(attributes: &Attributes) -> bool {
     // SAFETY: the kernel reads `size` bytes at the address, which are there. Thread 0 is the
     // calling one.
-    unsafe {
-        libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0);
-    }
+    unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attributes), 0) == 0 }
 }
 
 #[cfg(test)]
@@ -74,5 +114,19 @@ mod tests {
         .join()
         .unwrap();
         assert_eq!(nice(), 0, "no other thread is");
+    }
+
+    #[test]
+    fn an_urgent_thread_is_what_it_was_afterwards() {
+        // SAFETY: sched_getscheduler takes an integer.
+        let policy = || unsafe { libc::sched_getscheduler(0) };
+        std::thread::spawn(move || {
+            lower_this_thread();
+            let meanwhile = urgently(policy);
+            assert!([libc::SCHED_FIFO, libc::SCHED_OTHER].contains(&meanwhile));
+            assert_eq!((policy(), nice()), (libc::SCHED_OTHER, 10));
+        })
+        .join()
+        .unwrap();
     }
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use medes_memory::priority::urgently;
 use medes_memory::session::Thaw;
 use parking_lot::{Condvar, Mutex};
 
@@ -45,11 +46,13 @@ impl Cancel {
         self.requested.store(true, Ordering::Release);
         let mut state = self.state.lock();
         if let Some(thaw) = state.thaw.take() {
-            let thawed = thaw();
-            if thawed.is_ok() {
-                state.tell();
-            }
-            state.thawed = Some(thawed);
+            state.thawed = Some(urgently(|| {
+                let thawed = thaw();
+                if thawed.is_ok() {
+                    state.tell();
+                }
+                thawed
+            }));
         }
         drop(state);
         self.changed.notify_all();

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use medes_memory::pages::{PageClass, PageRun, PageScanner};
+use medes_memory::priority::urgently;
 use medes_memory::ranges::{slices, without};
 use medes_memory::session::{EvictError, Eviction, Freezer, Replacement, Session};
 use medes_memory::tracee::SeizeOptions;
@@ -19,7 +20,7 @@ use crate::plan::{MappingKind, MappingPlan, Plan, ProcessPlan};
 
 /// How long the kernel may work between two looks at whether a request wants the sandbox,
 /// nanoseconds, going by what its work usually takes.
-const STEP_NS: u64 = 250_000;
+const STEP_NS: u64 = 125_000;
 
 /// Dropping a page, nanoseconds.
 const PAGE_NS: u64 = 800;
@@ -162,11 +163,12 @@ impl Operation<'_> {
         if let Ok(left) = &dropped
             && self.cancel.is_requested()
         {
-            // What is still to be done in the processes comes first: it touches their memory.
-            let settled = session.settle().map_err(text);
-            let back = settled
-                .and_then(|()| holder.take_back(left))
-                .and_then(|()| session.run_on().map_err(text));
+            let back = urgently(|| {
+                // What is still to be done in the processes comes first: it touches their memory.
+                session.settle().map_err(text)?;
+                holder.take_back(left)?;
+                session.run_on().map_err(text)
+            });
             back.map_err(|why| DedupError::Lost(format!("taking it back: {why}")))?;
             standing.runs_again();
             return Ok(true);

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use medes_memory::priority::urgently;
 use medes_memory::ranges::slices;
 use medes_memory::session::{Freezer, Session};
 use medes_memory::tracee::SeizeOptions;
@@ -177,7 +178,7 @@ impl<'a, F: Freezer> Standing<'a, F> {
     /// Tells a request, if there is one, that the sandbox runs.
     fn tell(&self) {
         if self.cancel.is_requested() {
-            self.cancel.tell();
+            urgently(|| self.cancel.tell());
             // What is left to do comes after whoever was told.
             medes_memory::priority::lower_this_thread();
         }
@@ -201,11 +202,11 @@ impl<'a, F: Freezer> Standing<'a, F> {
             self.holder.resume().map_err(|why| lost("serving its memory", &why))?;
         }
         let phase = std::mem::replace(&mut self.phase, Phase::Runs);
-        match phase {
+        urgently(|| match phase {
             Phase::Runs => Ok(()),
             Phase::Frozen => let_run(&mut self.freezer),
             Phase::Restartable => self.freezer.thaw(),
-        }
+        })
         .map_err(|why| lost("thawing", &why))?;
         self.tell();
         if self.fresh {
@@ -217,7 +218,7 @@ impl<'a, F: Freezer> Standing<'a, F> {
 
 /// A request wants the sandbox: it runs on from where it is stopped.
 fn leave<F: Freezer>(session: Session<F>, phase: &mut Phase) -> Result<(), DedupError> {
-    let left = session.run_on();
+    let left = urgently(|| session.run_on());
     *phase = if left.is_ok() { Phase::Runs } else { Phase::Frozen };
     left.map_err(Hindrance::Session)?;
     Err(DedupError::Cancelled)
