@@ -34,6 +34,25 @@ pub fn urgently<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+/// A thread of this process that others may hurry.
+#[derive(Debug)]
+pub struct Thread(libc::pid_t);
+
+impl Thread {
+    /// The calling thread. What is returned must not be used when it has ended.
+    #[must_use]
+    pub fn this() -> Self {
+        // SAFETY: gettid takes nothing and can't fail.
+        Self(unsafe { libc::gettid() })
+    }
+
+    /// Has the thread come before all others ([`urgently`]) from now on, until it is lowered or ends;
+    /// threads that it starts don't. Best effort.
+    pub fn hurry(&self) {
+        apply(self.0, &Attributes::urgent());
+    }
+}
+
 /// What the calling thread was before; it is that again when this is dropped.
 struct Raised(Option<Attributes>);
 
@@ -45,16 +64,14 @@ impl Raised {
         // that many. Thread 0 is the calling one.
         let got =
             unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut before, size, 0) == 0 };
-        let policy = libc::SCHED_FIFO as u32;
-        let urgent = Attributes { size, policy, priority: 1, ..Attributes::default() };
-        Self(Some(before).filter(|_| got && apply(&urgent)))
+        Self(Some(before).filter(|_| got && apply(0, &Attributes::urgent())))
     }
 }
 
 impl Drop for Raised {
     fn drop(&mut self) {
         if let Some(before) = &self.0 {
-            apply(before);
+            apply(0, before);
         }
     }
 }
@@ -85,14 +102,23 @@ fn set(nice: i32, slice: Duration) {
         deadline: 0,
         period: 0,
     };
-    apply(&attributes);
+    apply(0, &attributes);
 }
 
-/// Gives the calling thread these attributes, and tells whether it has them now.
-fn apply(attributes: &Attributes) -> bool {
-    // SAFETY: the kernel reads `size` bytes at the address, which are there. Thread 0 is the
-    // calling one.
-    unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(attributes), 0) == 0 }
+impl Attributes {
+    fn urgent() -> Self {
+        let size = size_of::<Self>() as u32;
+        let flags = libc::SCHED_FLAG_RESET_ON_FORK as u64;
+        Self { size, policy: libc::SCHED_FIFO as u32, flags, priority: 1, ..Self::default() }
+    }
+}
+
+/// Gives a thread, 0 being the calling one, these attributes, and tells whether it has them now.
+fn apply(thread: libc::pid_t, attributes: &Attributes) -> bool {
+    // SAFETY: the kernel reads `size` bytes at the address, which are there.
+    unsafe {
+        libc::syscall(libc::SYS_sched_setattr, thread, std::ptr::from_ref(attributes), 0) == 0
+    }
 }
 
 #[cfg(test)]
@@ -118,12 +144,24 @@ mod tests {
 
     #[test]
     fn an_urgent_thread_is_what_it_was_afterwards() {
-        // SAFETY: sched_getscheduler takes an integer.
-        let policy = || unsafe { libc::sched_getscheduler(0) };
+        let policy = || {
+            // SAFETY: sched_getscheduler takes an integer.
+            unsafe { libc::sched_getscheduler(0) & !libc::SCHED_RESET_ON_FORK }
+        };
         std::thread::spawn(move || {
             lower_this_thread();
             let meanwhile = urgently(policy);
-            assert!([libc::SCHED_FIFO, libc::SCHED_OTHER].contains(&meanwhile));
+            assert!(
+                [libc::SCHED_FIFO, libc::SCHED_OTHER]
+                    .contains(&(meanwhile & !libc::SCHED_RESET_ON_FORK))
+            );
+            assert_eq!((policy(), nice()), (libc::SCHED_OTHER, 10));
+            Thread::this().hurry();
+            assert_eq!(
+                policy() & !libc::SCHED_RESET_ON_FORK,
+                meanwhile & !libc::SCHED_RESET_ON_FORK
+            );
+            lower_this_thread();
             assert_eq!((policy(), nice()), (libc::SCHED_OTHER, 10));
         })
         .join()

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use medes_memory::priority::urgently;
+use medes_memory::priority::{Thread, urgently};
 use medes_memory::session::Thaw;
 use parking_lot::{Condvar, Mutex};
 
@@ -27,6 +27,17 @@ struct State {
     thawed: Option<io::Result<()>>,
     /// Is told that the sandbox runs.
     tell: Option<Box<dyn FnOnce() + Send>>,
+    /// The thread that operates.
+    operator: Option<Thread>,
+}
+
+/// The calling thread operates; until this is dropped.
+pub(super) struct Operating<'a>(&'a Cancel);
+
+impl Drop for Operating<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().operator = None;
+    }
 }
 
 /// How a wait for a request ended.
@@ -53,9 +64,18 @@ impl Cancel {
                 }
                 thawed
             }));
+        } else if let Some(operator) = &state.operator {
+            operator.hurry();
         }
         drop(state);
         self.changed.notify_all();
+    }
+
+    /// The calling thread carries out the operation: a request has it come before all others where it
+    /// is the one to let the sandbox run.
+    pub(super) fn operating(&self) -> Operating<'_> {
+        self.state.lock().operator = Some(Thread::this());
+        Operating(self)
     }
 
     /// Whether it was asked for.

@@ -5,7 +5,6 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use medes_memory::pages::{PageClass, PageRun, PageScanner};
-use medes_memory::priority::urgently;
 use medes_memory::ranges::{slices, without};
 use medes_memory::session::{EvictError, Eviction, Freezer, Replacement, Session};
 use medes_memory::tracee::SeizeOptions;
@@ -163,12 +162,11 @@ impl Operation<'_> {
         if let Ok(left) = &dropped
             && self.cancel.is_requested()
         {
-            let back = urgently(|| {
-                // What is still to be done in the processes comes first: it touches their memory.
-                session.settle().map_err(text)?;
-                holder.take_back(left)?;
-                session.run_on().map_err(text)
-            });
+            // What is still to be done in the processes comes first: it touches their memory.
+            let settled = session.settle().map_err(text);
+            let back = settled
+                .and_then(|()| holder.take_back(left))
+                .and_then(|()| session.run_on().map_err(text));
             back.map_err(|why| DedupError::Lost(format!("taking it back: {why}")))?;
             standing.runs_again();
             return Ok(true);

@@ -360,6 +360,7 @@ impl Operation<'_> {
         holder: &dyn Holder,
         previous: Option<&Previous>,
     ) -> Result<Deduplicated, DedupError> {
+        let _operating = self.cancel.operating();
         let mut standing = Standing::new(freezer, holder, self.cancel);
         match self.run(&mut standing, previous) {
             Ok((image, counts, taken_back)) => {
@@ -396,11 +397,14 @@ impl Operation<'_> {
             let plan = plan.map_err(Hindrance::Plan)?;
             let registered = self.register(&mut userfaults, fresh, &plan)?;
             let made = self.make(&plan, &registered, old)?;
-            if let Err(why) = holder.examine(&made.image) {
-                self.store.remove_image(made.image);
-                return Err(Hindrance::Holder(why).into());
+            let examine = || holder.examine(&made.image).map_err(Hindrance::Holder);
+            match self.check_cancelled().and_then(|()| Ok(examine()?)) {
+                Ok(()) => Ok((plan, registered, made)),
+                Err(error) => {
+                    self.store.remove_image(made.image);
+                    Err(error)
+                }
             }
-            Ok((plan, registered, made))
         };
         let worked: Watched<Result<_, DedupError>> = standing.watch(work)?;
         let (plan, registered, made) = match worked {
@@ -453,7 +457,8 @@ impl Operation<'_> {
             all.map(|m| m.start..m.end).collect()
         };
         let ranges: Vec<_> = plan.processes.iter().map(anonymous).collect();
-        let (table, _) = table::table(&plan, &encoded, None, &ranges, false, &mut counts)?;
+        let go_on = || self.check_cancelled();
+        let (table, _) = table::table(&plan, &encoded, None, &ranges, false, &mut counts, &go_on)?;
         let image_bytes = table.encode().len() as u64 + encoded.patches.len() as u64;
         Ok(Estimate { counts, image_bytes })
     }
@@ -470,12 +475,14 @@ impl Operation<'_> {
         self.check_cancelled()?;
         let mut counts = self.count(&encoded);
         let Registered { ranges, tracks_writes, .. } = registered;
+        let go_on = || self.check_cancelled();
         let (table, patches) =
-            table::table(plan, &encoded, old, ranges, *tracks_writes, &mut counts)?;
+            table::table(plan, &encoded, old, ranges, *tracks_writes, &mut counts, &go_on)?;
         let snapshots: Vec<SnapshotId> = table.snapshots.iter().map(|s| s.id).collect();
         let head = table.encode();
         let mut parts = vec![head.as_slice()];
         parts.extend(patches);
+        self.check_cancelled()?;
         let image = self.store.put_image(&parts, &snapshots).map_err(Hindrance::Store)?;
         Ok(Made { image, batches, hashes: encoded.hashes, counts })
     }

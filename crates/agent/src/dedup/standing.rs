@@ -3,7 +3,6 @@
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use medes_memory::priority::urgently;
 use medes_memory::ranges::slices;
 use medes_memory::session::{Freezer, Session};
 use medes_memory::tracee::SeizeOptions;
@@ -178,7 +177,7 @@ impl<'a, F: Freezer> Standing<'a, F> {
     /// Tells a request, if there is one, that the sandbox runs.
     fn tell(&self) {
         if self.cancel.is_requested() {
-            urgently(|| self.cancel.tell());
+            self.cancel.tell();
             // What is left to do comes after whoever was told.
             medes_memory::priority::lower_this_thread();
         }
@@ -202,11 +201,11 @@ impl<'a, F: Freezer> Standing<'a, F> {
             self.holder.resume().map_err(|why| lost("serving its memory", &why))?;
         }
         let phase = std::mem::replace(&mut self.phase, Phase::Runs);
-        urgently(|| match phase {
+        match phase {
             Phase::Runs => Ok(()),
             Phase::Frozen => let_run(&mut self.freezer),
             Phase::Restartable => self.freezer.thaw(),
-        })
+        }
         .map_err(|why| lost("thawing", &why))?;
         self.tell();
         if self.fresh {
@@ -218,7 +217,7 @@ impl<'a, F: Freezer> Standing<'a, F> {
 
 /// A request wants the sandbox: it runs on from where it is stopped.
 fn leave<F: Freezer>(session: Session<F>, phase: &mut Phase) -> Result<(), DedupError> {
-    let left = urgently(|| session.run_on());
+    let left = session.run_on();
     *phase = if left.is_ok() { Phase::Runs } else { Phase::Frozen };
     left.map_err(Hindrance::Session)?;
     Err(DedupError::Cancelled)

@@ -16,7 +16,7 @@ use crate::index::ImageIndex;
 use crate::plan::{MappingKind, MappingPlan, Plan, Reused};
 
 /// The image's table, and the patches that it refers to, in order. What is reused of an earlier
-/// image is counted in `counts`.
+/// image is counted in `counts`. `go_on` is asked again and again whether to give up.
 pub(super) fn table<'e>(
     plan: &Plan,
     encoded: &'e Encoded,
@@ -24,6 +24,7 @@ pub(super) fn table<'e>(
     registered: &[Vec<Range<u64>>],
     tracks_writes: bool,
     counts: &mut Counts,
+    go_on: &dyn Fn() -> Result<(), DedupError>,
 ) -> Result<(Table, Vec<&'e [u8]>), DedupError> {
     let mut build = Build {
         names: HashMap::new(),
@@ -41,6 +42,7 @@ pub(super) fn table<'e>(
     for (n, (process, ranges)) in plan.processes.iter().zip(registered).enumerate() {
         let mut runs = RunBuilder::default();
         for mapping in &process.mappings {
+            go_on()?;
             runs.border();
             build.mapping(n, mapping, ranges, &mut runs)?;
         }
