@@ -27,7 +27,13 @@ pub enum StoreError {
     /// What is to be taken over can't be where it is said to be.
     #[error("an image at page {} of the memory file overlaps something else", .0.start)]
     Overlap(Extent),
+    /// Whoever stores an image wants it no more.
+    #[error("given up")]
+    Stopped,
 }
+
+/// Bytes of an image that are written before its writer is asked again whether to go on.
+const ASKED: usize = 64 << 10;
 
 /// An image in the store: the opaque content that brings one sandbox's memory back.
 ///
@@ -239,6 +245,19 @@ impl Store {
         content: &[&[u8]],
         snapshots: &[SnapshotId],
     ) -> Result<ImageHandle, StoreError> {
+        self.put_image_while(content, snapshots, || true)
+    }
+
+    /// As [`Store::put_image`], for as long as `go_on` says so, which is asked every 64 KiB.
+    ///
+    /// # Errors
+    /// As [`Store::put_image`], and [`StoreError::Stopped`].
+    pub fn put_image_while(
+        &self,
+        content: &[&[u8]],
+        snapshots: &[SnapshotId],
+        go_on: impl Fn() -> bool,
+    ) -> Result<ImageHandle, StoreError> {
         let length: usize = content.iter().map(|c| c.len()).sum();
         let pages = u32::try_from(length.div_ceil(PAGE_SIZE)).unwrap_or(u32::MAX);
         let mut inner = self.inner.lock();
@@ -255,12 +274,20 @@ impl Store {
         inner.images += 1;
         inner.image_pages += u64::from(pages);
         drop(inner);
-        let mut at = 0;
+        let image = ImageHandle { extent, snapshots: snapshots.to_vec() };
+        let (mut at, mut asked) = (0, 0);
         for part in content {
+            if at - asked >= ASKED {
+                asked = at;
+                if !go_on() {
+                    self.remove_image(image);
+                    return Err(StoreError::Stopped);
+                }
+            }
             self.memory.write(extent, at, part);
             at += part.len();
         }
-        Ok(ImageHandle { extent, snapshots: snapshots.to_vec() })
+        Ok(image)
     }
 
     /// Takes over an image that an earlier writer of this memory file stored. To be called before

@@ -18,6 +18,9 @@ use crate::index::ImageIndex;
 /// An image may take at most three quarters of the pages that it stands for.
 const WORTH: (u64, u64) = (3, 4);
 
+/// Pages that are counted between two looks at whether a request wants the sandbox.
+const COUNTED: usize = 1024;
+
 /// Where the pages of a plan come from, in the plan's order.
 #[derive(Default)]
 pub(super) struct Encoded {
@@ -206,6 +209,7 @@ impl Operation<'_> {
         parts.sort_unstable_by_key(|(n, _)| *n);
         let mut encoded = Encoded { held: held.into_inner(), ..Encoded::default() };
         for (_, part) in parts {
+            self.check_cancelled()?;
             encoded.sources.extend(part.sources);
             encoded.patches.extend(part.patches);
             encoded.unchanged += part.unchanged;
@@ -214,7 +218,7 @@ impl Operation<'_> {
         Ok(encoded)
     }
 
-    pub(super) fn count(&self, encoded: &Encoded) -> Counts {
+    pub(super) fn count(&self, encoded: &Encoded) -> Result<Counts, DedupError> {
         let foreign = |at: &PageRef| {
             let snapshot = encoded.held.get(&at.snapshot);
             u64::from(snapshot.is_some_and(|s| s.function() != self.subject.function))
@@ -228,12 +232,15 @@ impl Operation<'_> {
             overhead_bytes: buffers + 2 * (encoded.patches.len() + sources) as u64,
             ..Counts::default()
         };
-        for source in &encoded.sources {
-            counts.add(source);
-            if let PageSource::Base(at) | PageSource::Patch { base: Some(at), .. } = source {
-                counts.foreign += foreign(at);
+        for sources in encoded.sources.chunks(COUNTED) {
+            self.check_cancelled()?;
+            for source in sources {
+                counts.add(source);
+                if let PageSource::Base(at) | PageSource::Patch { base: Some(at), .. } = source {
+                    counts.foreign += foreign(at);
+                }
             }
         }
-        counts
+        Ok(counts)
     }
 }

@@ -450,7 +450,7 @@ impl Operation<'_> {
         Plan::check(pids).map_err(Hindrance::Plan)?;
         let plan = Plan::of(pids, None, &|| false).map_err(Hindrance::Plan)?;
         let encoded = self.encode(&batches(&plan, |_| true), 0, None)?;
-        let mut counts = self.count(&encoded);
+        let mut counts = self.count(&encoded)?;
         counts.encode_us = micros(begin);
         let anonymous = |p: &crate::plan::ProcessPlan| {
             let all = p.mappings.iter().filter(|m| m.kind != MappingKind::File);
@@ -472,8 +472,7 @@ impl Operation<'_> {
     ) -> Result<Made, DedupError> {
         let batches = batches(plan, |mapping| registered.watches(mapping));
         let encoded = self.encode(&batches, plan.reused_bytes(), old)?;
-        self.check_cancelled()?;
-        let mut counts = self.count(&encoded);
+        let mut counts = self.count(&encoded)?;
         let Registered { ranges, tracks_writes, .. } = registered;
         let go_on = || self.check_cancelled();
         let (table, patches) =
@@ -482,8 +481,11 @@ impl Operation<'_> {
         let head = table.encode();
         let mut parts = vec![head.as_slice()];
         parts.extend(patches);
-        self.check_cancelled()?;
-        let image = self.store.put_image(&parts, &snapshots).map_err(Hindrance::Store)?;
+        let go_on = || !self.cancel.is_requested();
+        let image = match self.store.put_image_while(&parts, &snapshots, go_on) {
+            Err(StoreError::Stopped) => return Err(DedupError::Cancelled),
+            image => image.map_err(Hindrance::Store)?,
+        };
         Ok(Made { image, batches, hashes: encoded.hashes, counts })
     }
 
