@@ -155,7 +155,7 @@ impl Plan {
     #[must_use]
     pub fn written(&self) -> Vec<Vec<Range<u64>>> {
         let of_process = |process: &ProcessPlan| {
-            let known = process.mappings.iter().filter(|m| !m.reused.is_empty());
+            let known = process.mappings.iter().filter(|m| !m.known.is_empty());
             known.flat_map(|m| m.runs.iter().map(PageRun::range)).collect()
         };
         self.processes.iter().map(of_process).collect()

@@ -4,8 +4,9 @@
 //! working set are put back before the next restore of any of the function's sandboxes lets it
 //! run, all of it: waiting for one costs a thread as much as putting ten back, and more while others
 //! are being put back. A page that was put back beforehand can't fault, so whether it is still
-//! needed is found out by leaving a small share out, another one each time: what nobody touches in
-//! two such trials is forgotten. So the set follows a function that changes, in both directions.
+//! needed is found out by leaving it out: a small share each time, another one each time, and what
+//! requests used to write to and were seen not to. What nobody touches then is forgotten. So the
+//! set follows a function that changes, in both directions.
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -17,8 +18,15 @@ const PAGE: u64 = PAGE_SIZE as u64;
 /// One page in so many is left out at each restore: a few, for each costs the request a fault.
 const SHARE: u64 = 256;
 
-/// A page that was left out this many times without being touched is forgotten.
-const TRIALS: u8 = 2;
+/// Of the pages that requests write to, whether they still do is looked at for one in so many at each
+/// restore: it costs each of them a fault, if a short one.
+const WATCHED: u64 = 8;
+
+/// Pages that are looked at together, so that ranges stay in one piece.
+const WATCHED_TOGETHER: u64 = 16;
+
+/// A page that was seen not to be written to so often in a row is left out.
+const UNWRITTEN: u8 = 2;
 
 /// The working set of one function (or of one sandbox, if its addresses are its own).
 #[derive(Clone, Debug, Default)]
@@ -31,10 +39,14 @@ pub struct WorkingSet {
 /// What is known of a page of the working set.
 #[derive(Clone, Copy, Debug, Default)]
 struct Member {
-    /// The trials it failed in a row.
-    failed: u8,
+    /// The last restore that it was left out of.
+    left_out: u64,
     /// Whether requests write to it.
     written: bool,
+    /// If they do: the last restore at which it was watched whether they still do.
+    watched: u64,
+    /// How often in a row it was seen that they did not.
+    unwritten: u8,
 }
 
 /// Pages that are put back beforehand.
@@ -42,8 +54,7 @@ struct Member {
 pub struct PrefetchRange {
     /// Their addresses.
     pub range: Range<u64>,
-    /// Whether requests write to them: watching for it then costs each of them a fault, and the
-    /// answer is known.
+    /// Whether requests write to them, so that watching for it would cost each of them a fault.
     pub written: bool,
 }
 
@@ -52,7 +63,8 @@ pub struct PrefetchRange {
 pub struct Prefetch {
     /// Ranges of addresses per process, in order.
     pub ranges: Vec<Vec<PrefetchRange>>,
-    trial: u64,
+    /// The restore's number.
+    restore: u64,
 }
 
 impl Prefetch {
@@ -68,12 +80,21 @@ impl Prefetch {
 impl WorkingSet {
     /// What to put back at the next restore.
     pub fn prefetch(&mut self) -> Prefetch {
-        let trial = self.restores % SHARE;
         self.restores += 1;
-        let of_process = |pages: &BTreeMap<u64, Member>| {
-            joined(pages.iter().filter(|(page, _)| share(**page) != trial))
+        let restore = self.restores;
+        let of_process = |pages: &mut BTreeMap<u64, Member>| {
+            for (page, member) in &mut *pages {
+                if share(page / PAGE, SHARE) == restore % SHARE || member.unwritten >= UNWRITTEN {
+                    member.left_out = restore;
+                }
+                let together = page / PAGE / WATCHED_TOGETHER;
+                if member.written && share(together, WATCHED) == restore % WATCHED {
+                    member.watched = restore;
+                }
+            }
+            joined(pages, restore)
         };
-        Prefetch { ranges: self.processes.iter().map(of_process).collect(), trial }
+        Prefetch { ranges: self.processes.iter_mut().map(of_process).collect(), restore }
     }
 
     /// Pages of a process that a thread had to wait for.
@@ -82,28 +103,38 @@ impl WorkingSet {
             self.processes.resize_with(process + 1, BTreeMap::new);
         }
         for address in addresses {
-            self.processes[process].entry(address & !(PAGE - 1)).or_default().failed = 0;
+            let member = self.processes[process].entry(address & !(PAGE - 1)).or_default();
+            // It may be read by all and written to by a few: not on trial again before long.
+            member.written &= member.unwritten < UNWRITTEN;
+            member.unwritten = 0;
         }
     }
 
-    /// Pages of a process that were written to since a restore.
-    pub fn written(&mut self, process: usize, range: Range<u64>) {
-        if let Some(pages) = self.processes.get_mut(process) {
-            pages.range_mut(range).for_each(|(_, member)| member.written = true);
+    /// All pages of a process that were written to from a restore until it was deduplicated again,
+    /// in order; those among them that `prefetch` did not watch may have been put back only.
+    pub fn written(&mut self, process: usize, prefetch: &Prefetch, ranges: &[Range<u64>]) {
+        let Some(pages) = self.processes.get_mut(process) else { return };
+        let mut ranges = ranges.iter().peekable();
+        for (page, member) in pages {
+            while ranges.next_if(|range| range.end <= *page).is_some() {}
+            let is_written = ranges.peek().is_some_and(|range| range.start <= *page);
+            match (is_written, member.written) {
+                (true, true) if member.watched != prefetch.restore => {}
+                (true, _) => (member.written, member.unwritten) = (true, 0),
+                (false, true) => member.unwritten = member.unwritten.saturating_add(1),
+                (false, false) => {}
+            }
         }
     }
 
-    /// The first request after the restore is over: pages that were left out and not touched have
-    /// failed a trial. `touched` says which were.
+    /// The first request after the restore is over: pages that were left out and not touched are
+    /// forgotten. `touched` says which were.
     pub fn conclude(&mut self, prefetch: &Prefetch, touched: &[Vec<u64>]) {
         for (process, pages) in self.processes.iter_mut().enumerate() {
             let of_process = touched.get(process).map_or(&[][..], Vec::as_slice);
             let of_process: HashSet<u64> = of_process.iter().map(|a| a & !(PAGE - 1)).collect();
             pages.retain(|page, member| {
-                if share(*page) == prefetch.trial && !of_process.contains(page) {
-                    member.failed += 1;
-                }
-                member.failed < TRIALS
+                member.left_out != prefetch.restore || of_process.contains(page)
             });
         }
     }
@@ -115,53 +146,68 @@ impl WorkingSet {
     }
 }
 
-/// Pages, in order, as ranges of addresses.
-fn joined<'a>(pages: impl Iterator<Item = (&'a u64, &'a Member)>) -> Vec<PrefetchRange> {
+/// Pages, in order, as ranges of addresses, but those that are left out of a restore.
+fn joined(pages: &BTreeMap<u64, Member>, restore: u64) -> Vec<PrefetchRange> {
     let mut ranges: Vec<PrefetchRange> = Vec::new();
-    for (page, Member { written, .. }) in pages {
+    for (page, member) in pages.iter().filter(|(_, member)| member.left_out != restore) {
+        let written = member.written && member.watched != restore;
         match ranges.last_mut() {
-            Some(last) if last.range.end == *page && last.written == *written => {
+            Some(last) if last.range.end == *page && last.written == written => {
                 last.range.end += PAGE;
             }
-            _ => ranges.push(PrefetchRange { range: *page..page + PAGE, written: *written }),
+            _ => ranges.push(PrefetchRange { range: *page..page + PAGE, written }),
         }
     }
     ranges
 }
 
-/// Which trial a page is left out in. Spread by multiplication, so that a stretch of addresses
-/// is not left out at once.
-fn share(page: u64) -> u64 {
-    (page / PAGE).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - SHARE.trailing_zeros())
+/// Which of `shares`, a power of two, something is in. Spread by multiplication, so that a stretch of
+/// addresses is not in one.
+fn share(of: u64, shares: u64) -> u64 {
+    of.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - shares.trailing_zeros())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn restore(set: &mut WorkingSet, needs: &[u64]) -> usize {
+    /// One restore and a request that touches and writes to pages. Returns what had to be waited
+    /// for.
+    fn restore(set: &mut WorkingSet, needs: &[u64], writes: &[Range<u64>]) -> usize {
         let prefetch = set.prefetch();
         let ranges = prefetch.ranges.first().map_or(&[][..], Vec::as_slice);
         let there = |address: u64| ranges.iter().any(|r| r.range.contains(&address));
         let faults: Vec<u64> = needs.iter().copied().filter(|a| !there(*a)).collect();
         set.touched(0, &faults);
         set.conclude(&prefetch, std::slice::from_ref(&faults));
+        // What is put back without being watched counts as written to.
+        let unwatched = ranges.iter().filter(|r| r.written).map(|r| r.range.clone());
+        let mut written: Vec<u64> =
+            unwatched.chain(writes.iter().cloned()).flat_map(pages).collect();
+        written.sort_unstable();
+        written.dedup();
+        let written: Vec<_> = written.into_iter().map(|page| page..page + PAGE).collect();
+        set.written(0, &prefetch, &written);
         faults.len()
+    }
+
+    fn pages(range: Range<u64>) -> impl Iterator<Item = u64> {
+        range.step_by(PAGE_SIZE)
     }
 
     #[test]
     fn it_learns_and_follows_change() {
         let mut set = WorkingSet::default();
         let first: Vec<u64> = (0..1000).map(|n| 0x10_0000 + n * PAGE).collect();
-        assert_eq!(restore(&mut set, &first), 1000);
+        assert_eq!(restore(&mut set, &first, &[]), 1000);
         for _ in 0..200 {
             // Only those on trial are waited for.
-            assert!(restore(&mut set, &first) < 60);
+            assert!(restore(&mut set, &first, &[]) < 60);
         }
         assert_eq!(set.pages(), 1000);
         let second: Vec<u64> = (500..1500).map(|n| 0x10_0000 + n * PAGE).collect();
-        for _ in 0..(2 * SHARE + 1) {
-            restore(&mut set, &second);
+        for _ in 0..=SHARE {
+            restore(&mut set, &second, &[]);
         }
         assert_eq!(set.pages(), 1000, "what is no longer touched is forgotten");
     }
@@ -169,16 +215,42 @@ mod tests {
     #[test]
     fn written_pages_are_told_from_others() {
         let mut set = WorkingSet::default();
-        let addresses: Vec<u64> = (0..64).map(|n| 0x40_0000 + n * PAGE).collect();
-        set.touched(0, &addresses);
-        set.written(0, 0x40_0000 + 10 * PAGE..0x40_0000 + 12 * PAGE);
-        set.written(3, 0..PAGE);
-        let ranges = set.prefetch().ranges;
-        let written: Vec<_> = ranges[0].iter().filter(|r| r.written).collect();
-        assert!((1..=2).contains(&written.len()) && written[0].range.start >= 0x40_a000);
+        let addresses: Vec<u64> = pages(0x40_0000..0x48_0000).collect();
+        let written = 0x41_0000..0x43_0000;
+        restore(&mut set, &addresses, std::slice::from_ref(&written));
+        set.written(3, &Prefetch::default(), std::slice::from_ref(&written));
+        let told = |set: &mut WorkingSet| -> usize {
+            let ranges = set.prefetch().ranges.swap_remove(0);
+            let told = ranges.into_iter().filter(|range| range.written).map(|r| r.range);
+            told.inspect(|r| assert!(written.start <= r.start && r.end <= written.end))
+                .map(|r| pages(r).count())
+                .sum()
+        };
+        let all: usize = (0..WATCHED).map(|_| told(&mut set)).sum();
+        // Each is watched once, and some are left out.
+        assert!((7 * 32 - 8..=7 * 32).contains(&all), "{all}");
         // Touched once more it is still what it was.
         set.touched(0, &addresses);
-        assert!(set.prefetch().ranges[0].iter().any(|r| r.written));
+        assert!((0..2).any(|_| told(&mut set) > 0));
+    }
+
+    #[test]
+    fn what_is_written_no_more_is_left_out_once_and_then_forgotten() {
+        let mut set = WorkingSet::default();
+        let (all, half) = (0x40_0000..0x48_0000, 0x40_0000..0x44_0000);
+        let needed: Vec<u64> = pages(all.clone()).collect();
+        restore(&mut set, &needed, std::slice::from_ref(&all));
+        assert_eq!(set.pages(), 128);
+        // Of what is not written to any more, the last sixteen are read all the same.
+        let needed: Vec<u64> = pages(half.clone()).chain(pages(0x47_0000..all.end)).collect();
+        let rounds = u64::from(UNWRITTEN) * WATCHED + 2;
+        let faults: usize =
+            (0..rounds).map(|_| restore(&mut set, &needed, std::slice::from_ref(&half))).sum();
+        assert_eq!(set.pages(), 80, "what nobody touched is forgotten");
+        assert!((16..=40).contains(&faults), "what is read is left out once: {faults} faults");
+        let faults: usize =
+            (0..rounds).map(|_| restore(&mut set, &needed, std::slice::from_ref(&half))).sum();
+        assert!(faults < 16, "and not again: {faults} faults");
     }
 
     #[test]

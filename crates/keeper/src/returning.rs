@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
@@ -258,6 +259,14 @@ impl Returning {
             && let Some(prefetch) = self.prefetch.get()
         {
             set.conclude(prefetch, &touched);
+        }
+    }
+
+    /// Tells the function's working set what requests have written to, process by process.
+    pub(crate) fn teach_written(&self, set: &mut WorkingSet, written: &[Vec<Range<u64>>]) {
+        let Some(prefetch) = self.prefetch.get().filter(|_| self.requests() > 0) else { return };
+        for (process, ranges) in written.iter().enumerate() {
+            set.written(process, prefetch, ranges);
         }
     }
 

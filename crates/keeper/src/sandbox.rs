@@ -441,13 +441,11 @@ impl Held {
                 return Err("the sandbox's memory is not all its own".into());
             }
         };
-        state.memory = Memory::Held(image, before);
-        drop(state);
-        let mut sets = lock(&self.common.working_sets);
-        let set = sets.entry(self.working_set).or_default();
-        for (process, ranges) in written.iter().enumerate() {
-            ranges.iter().for_each(|range| set.written(process, range.clone()));
+        if let Some(before) = &before {
+            let mut sets = lock(&self.common.working_sets);
+            before.teach_written(sets.entry(self.working_set).or_default(), written);
         }
+        state.memory = Memory::Held(image, before);
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use crate::plan::{MappingKind, MappingPlan, Plan, ProcessPlan};
 
 /// How long the kernel may work between two looks at whether a request wants the sandbox,
 /// nanoseconds, going by what its work usually takes.
-const STEP_NS: u64 = 125_000;
+const STEP_NS: u64 = 90_000;
 
 /// Dropping a page, nanoseconds.
 const PAGE_NS: u64 = 800;
