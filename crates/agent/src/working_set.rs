@@ -63,7 +63,7 @@ pub struct PrefetchRange {
 pub struct Prefetch {
     /// Ranges of addresses per process, in order.
     pub ranges: Vec<Vec<PrefetchRange>>,
-    /// The restore's number.
+    /// The restore's number, from 1; 0 if it is none of a working set.
     restore: u64,
 }
 
@@ -134,7 +134,8 @@ impl WorkingSet {
             let of_process = touched.get(process).map_or(&[][..], Vec::as_slice);
             let of_process: HashSet<u64> = of_process.iter().map(|a| a & !(PAGE - 1)).collect();
             pages.retain(|page, member| {
-                member.left_out != prefetch.restore || of_process.contains(page)
+                let left_out = member.left_out == prefetch.restore && prefetch.restore > 0;
+                !left_out || of_process.contains(page)
             });
         }
     }

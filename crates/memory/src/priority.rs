@@ -23,15 +23,41 @@ pub fn lower_this_thread() {
     set(10, LONGEST);
 }
 
-/// Does what somebody waits for who is counted in fractions of a millisecond, before all that other
-/// threads do, but for work as urgent (`SCHED_FIFO`). Best effort: it needs CAP_SYS_NICE.
+/// The thread that made it comes before all that other threads do, but for work as urgent
+/// (`SCHED_FIFO`), until this is dropped, by whichever thread: for what is waited for in fractions of
+/// a millisecond. Best effort: it needs CAP_SYS_NICE.
 ///
 /// Among ordinary threads priority does not settle it: one that another interrupts has to wait
 /// until it is owed time again, and whoever is owed some meanwhile, of whatever priority, keeps the
-/// processor until the next tick of the clock, up to 4 ms.
-pub fn urgently<R>(work: impl FnOnce() -> R) -> R {
-    let _before = Raised::now();
-    work()
+/// processor until the next tick of the clock, up to 4 ms. The same happens to a thread that is
+/// urgent no longer; so it better stays so until nothing of low priority is left to run.
+#[derive(Debug)]
+pub struct Urgent {
+    thread: Thread,
+    /// What the thread was before, unless it was that already.
+    before: Option<Attributes>,
+}
+
+impl Urgent {
+    /// The calling thread is urgent from now on.
+    #[must_use]
+    pub fn this_thread() -> Self {
+        let (thread, before) = (Thread::this(), Attributes::of_this_thread());
+        let before = before.filter(|before| before.policy != libc::SCHED_FIFO as u32);
+        if before.is_some() {
+            thread.hurry();
+        }
+        Self { thread, before }
+    }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            // If the thread has ended, nobody has its number yet: numbers go round.
+            apply(self.thread.0, before);
+        }
+    }
 }
 
 /// A thread of this process that others may hurry.
@@ -46,39 +72,16 @@ impl Thread {
         Self(unsafe { libc::gettid() })
     }
 
-    /// Has the thread come before all others ([`urgently`]) from now on, until it is lowered or ends;
-    /// threads that it starts don't. Best effort.
+    /// Has the thread come before all others, as [`Urgent`] does, until it is lowered or ends; threads
+    /// that it starts don't. Best effort.
     pub fn hurry(&self) {
         apply(self.0, &Attributes::urgent());
     }
 }
 
-/// What the calling thread was before; it is that again when this is dropped.
-struct Raised(Option<Attributes>);
-
-impl Raised {
-    fn now() -> Self {
-        let mut before = Attributes::default();
-        let size = size_of::<Attributes>() as u32;
-        // SAFETY: the kernel writes at most `size` bytes to the address, which is writable and has
-        // that many. Thread 0 is the calling one.
-        let got =
-            unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut before, size, 0) == 0 };
-        Self(Some(before).filter(|_| got && apply(0, &Attributes::urgent())))
-    }
-}
-
-impl Drop for Raised {
-    fn drop(&mut self) {
-        if let Some(before) = &self.0 {
-            apply(0, before);
-        }
-    }
-}
-
 /// `struct sched_attr` of sched_setattr(2), its first version.
 #[repr(C)]
-#[derive(Clone, Default)]
+#[derive(Debug, Default)]
 struct Attributes {
     size: u32,
     policy: u32,
@@ -106,6 +109,16 @@ fn set(nice: i32, slice: Duration) {
 }
 
 impl Attributes {
+    fn of_this_thread() -> Option<Self> {
+        let mut attributes = Self::default();
+        let size = size_of::<Self>() as u32;
+        // SAFETY: the kernel writes at most `size` bytes to the address, which is writable and has
+        // that many. Thread 0 is the calling one.
+        let got =
+            unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) == 0 };
+        got.then_some(attributes)
+    }
+
     fn urgent() -> Self {
         let size = size_of::<Self>() as u32;
         let flags = libc::SCHED_FLAG_RESET_ON_FORK as u64;
@@ -150,17 +163,16 @@ mod tests {
         };
         std::thread::spawn(move || {
             lower_this_thread();
-            let meanwhile = urgently(policy);
-            assert!(
-                [libc::SCHED_FIFO, libc::SCHED_OTHER]
-                    .contains(&(meanwhile & !libc::SCHED_RESET_ON_FORK))
-            );
+            let urgent = Urgent::this_thread();
+            let meanwhile = policy();
+            assert!([libc::SCHED_FIFO, libc::SCHED_OTHER].contains(&meanwhile));
+            drop(Urgent::this_thread());
+            assert_eq!(policy(), meanwhile, "it was urgent before");
+            // By whichever thread.
+            std::thread::spawn(|| drop(urgent)).join().unwrap();
             assert_eq!((policy(), nice()), (libc::SCHED_OTHER, 10));
             Thread::this().hurry();
-            assert_eq!(
-                policy() & !libc::SCHED_RESET_ON_FORK,
-                meanwhile & !libc::SCHED_RESET_ON_FORK
-            );
+            assert_eq!(policy(), meanwhile);
             lower_this_thread();
             assert_eq!((policy(), nice()), (libc::SCHED_OTHER, 10));
         })

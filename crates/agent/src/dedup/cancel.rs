@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use medes_memory::priority::{Thread, urgently};
+use medes_memory::priority::{Thread, Urgent};
 use medes_memory::session::Thaw;
 use parking_lot::{Condvar, Mutex};
 
@@ -29,6 +29,8 @@ struct State {
     tell: Option<Box<dyn FnOnce() + Send>>,
     /// The thread that operates.
     operator: Option<Thread>,
+    /// The thread that thawed, as long as the operation has something to run.
+    urgent: Option<Urgent>,
 }
 
 /// The calling thread operates; until this is dropped.
@@ -36,7 +38,8 @@ pub(super) struct Operating<'a>(&'a Cancel);
 
 impl Drop for Operating<'_> {
     fn drop(&mut self) {
-        self.0.state.lock().operator = None;
+        let mut state = self.0.state.lock();
+        (state.operator, state.urgent) = (None, None);
     }
 }
 
@@ -57,13 +60,12 @@ impl Cancel {
         self.requested.store(true, Ordering::Release);
         let mut state = self.state.lock();
         if let Some(thaw) = state.thaw.take() {
-            state.thawed = Some(urgently(|| {
-                let thawed = thaw();
-                if thawed.is_ok() {
-                    state.tell();
-                }
-                thawed
-            }));
+            let urgent = Urgent::this_thread();
+            let thawed = thaw();
+            if thawed.is_ok() {
+                state.tell();
+            }
+            (state.thawed, state.urgent) = (Some(thawed), Some(urgent));
         } else if let Some(operator) = &state.operator {
             operator.hurry();
         }
@@ -105,6 +107,11 @@ impl Cancel {
         let mut state = self.state.lock();
         state.thaw = None;
         state.thawed.take()
+    }
+
+    /// Nothing of the operation is left that a request would have to come before.
+    pub(super) fn calm(&self) {
+        self.state.lock().urgent = None;
     }
 
     /// The operation has the sandbox run because of a request.

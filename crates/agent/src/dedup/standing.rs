@@ -159,7 +159,9 @@ impl<'a, F: Freezer> Standing<'a, F> {
                     (true, thawed.and_then(|()| self.let_go()))
                 }
             };
-            let result = working.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let result = working.join();
+            cancel.calm();
+            let result = result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             back.map(|()| match cancelled {
                 true => Watched::Cancelled(result),
                 false => Watched::Done(result),
