@@ -298,7 +298,10 @@ impl Operation<'_> {
 fn there(process: &ProcessPlan, range: &Range<u64>) -> Vec<Range<u64>> {
     let after = process.mappings.partition_point(|mapping| mapping.end <= range.start);
     let mappings = process.mappings[after..].iter().take_while(|m| m.start < range.end);
-    let parts = mappings.flat_map(|mapping| &mapping.there);
+    let parts = mappings.flat_map(|mapping| {
+        let before = mapping.there.partition_point(|part| part.end <= range.start);
+        mapping.there[before..].iter().take_while(|part| part.start < range.end)
+    });
     parts
         .map(|part| part.start.max(range.start)..part.end.min(range.end))
         .filter(|part| part.start < part.end)
