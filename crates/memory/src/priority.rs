@@ -98,12 +98,9 @@ fn set(nice: i32, slice: Duration) {
     let attributes = Attributes {
         size: size_of::<Attributes>() as u32,
         policy: libc::SCHED_OTHER as u32,
-        flags: 0,
         nice,
-        priority: 0,
         runtime: slice.as_nanos() as u64,
-        deadline: 0,
-        period: 0,
+        ..Attributes::default()
     };
     apply(0, &attributes);
 }
@@ -126,11 +123,11 @@ impl Attributes {
     }
 }
 
-/// Gives a thread, 0 being the calling one, these attributes, and tells whether it has them now.
-fn apply(thread: libc::pid_t, attributes: &Attributes) -> bool {
+/// Gives a thread, 0 being the calling one, these attributes, if that is allowed.
+fn apply(thread: libc::pid_t, attributes: &Attributes) {
     // SAFETY: the kernel reads `size` bytes at the address, which are there.
     unsafe {
-        libc::syscall(libc::SYS_sched_setattr, thread, std::ptr::from_ref(attributes), 0) == 0
+        libc::syscall(libc::SYS_sched_setattr, thread, std::ptr::from_ref(attributes), 0);
     }
 }
 
