@@ -298,10 +298,7 @@ impl Shared {
     ) -> Result<Restored, String> {
         let held = self.find(sandbox)?;
         tokio::task::block_in_place(|| {
-            let mut buffers = lock(&self.buffers).pop().unwrap_or_default();
-            let restored = held.take_back(caller, left, &mut buffers);
-            lock(&self.buffers).push(buffers);
-            restored
+            self.lend_buffers(|buffers| held.take_back(caller, left, buffers))
         })
     }
 
@@ -421,13 +418,16 @@ impl Shared {
         work: impl FnOnce(&Arc<Held>, &mut RestoreBuffers) -> Result<R, String> + Send + 'static,
     ) -> Result<R, String> {
         let held = self.find(sandbox)?;
-        let blocking = tokio::task::spawn_blocking(move || {
-            let mut buffers = lock(&self.buffers).pop().unwrap_or_default();
-            let result = work(&held, &mut buffers);
-            lock(&self.buffers).push(buffers);
-            result
-        });
+        let blocking =
+            tokio::task::spawn_blocking(move || self.lend_buffers(|buffers| work(&held, buffers)));
         blocking.await.map_err(|e| e.to_string())?
+    }
+
+    fn lend_buffers<R>(&self, work: impl FnOnce(&mut RestoreBuffers) -> R) -> R {
+        let mut buffers = lock(&self.buffers).pop().unwrap_or_default();
+        let result = work(&mut buffers);
+        lock(&self.buffers).push(buffers);
+        result
     }
 
     fn find(&self, sandbox: SandboxId) -> Result<Arc<Held>, String> {
