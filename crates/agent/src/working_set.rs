@@ -58,7 +58,7 @@ pub struct PrefetchRange {
     pub written: bool,
 }
 
-/// What one restore puts back beforehand, and which trial it makes.
+/// What one restore puts back beforehand.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Prefetch {
     /// Ranges of addresses per process, in order.

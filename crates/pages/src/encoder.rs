@@ -52,8 +52,9 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// An encoder that takes slower decoding if it saves 256 bytes a microsecond: with 32, real
-    /// sandboxes take some 5 % less memory, and their patches a third more time to decode.
+    /// An encoder that takes slower decoding if it saves 256 bytes a microsecond: with 32, 128 and
+    /// 400 patches of real sandboxes decode at 2.3, 2.8 and 3.5 GB/s. With 256 ten dedup sandboxes
+    /// take 6 % more memory than with 32.
     #[must_use]
     pub fn new() -> Self {
         Self::with_price(256)
