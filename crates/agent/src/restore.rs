@@ -161,8 +161,8 @@ impl HeldImage {
             let registered: Vec<Range<u64>> =
                 table.registered.iter().map(|(start, length)| *start..start + length).collect();
             let mut view = AddressView::new(&registered);
-            for range in self.left.get(process).into_iter().flatten() {
-                view.forget(range.clone());
+            if let Some(left) = self.left.get(process) {
+                view.forget_all(left);
             }
             let features = match index.table().tracks_writes {
                 true => UserFaultFeatures::EVENTS.union(UserFaultFeatures::TRACK_WRITES),

@@ -147,6 +147,36 @@ impl AddressView {
         self.cut(range);
     }
 
+    /// As [`AddressView::forget`], for many ranges in any order.
+    pub fn forget_all(&mut self, ranges: &[Range<u64>]) {
+        let mut sorted: Vec<_> = ranges.iter().filter(|range| !range.is_empty()).collect();
+        sorted.sort_unstable_by_key(|range| range.start);
+        let mut gone = sorted.into_iter().peekable();
+        let mut rest = Vec::with_capacity(self.pieces.len() + gone.len());
+        for (start, piece) in std::mem::take(&mut self.pieces) {
+            let mut keep = |part: Range<u64>| {
+                let image = piece.image.map(|image| image + (part.start - start));
+                rest.push((part.start, Piece { end: part.end, image }));
+            };
+            let mut at = start;
+            while let Some(range) = gone.peek().filter(|range| range.start < piece.end) {
+                if range.start > at {
+                    keep(at..range.start);
+                }
+                at = at.max(range.end);
+                if range.end > piece.end {
+                    // It goes on in the next piece.
+                    break;
+                }
+                gone.next();
+            }
+            if at < piece.end {
+                keep(at..piece.end);
+            }
+        }
+        self.pieces = rest.into_iter().collect();
+    }
+
     /// The process unmapped `range`.
     pub fn unmap(&mut self, range: Range<u64>) {
         if !self.cut(range).is_empty() {
@@ -212,7 +242,7 @@ mod tests {
     proptest! {
         /// The view says of every page what a page-by-page model says.
         #[test]
-        fn follows_every_change(ops in proptest::collection::vec((0u8..3, 0u64..40, 0u64..40, 1u64..16), 0..30)) {
+        fn follows_every_change(ops in proptest::collection::vec((0u8..4, 0u64..40, 0u64..40, 1u64..16), 0..30)) {
             let mut view = AddressView::new(&[4 * PAGE..12 * PAGE, 12 * PAGE..20 * PAGE]);
             let mut model: Vec<Belongs> = (0..60)
                 .map(|n| if (4..20).contains(&n) { Belongs::Image(n * PAGE) } else { Belongs::Nothing })
@@ -229,6 +259,13 @@ mod tests {
                         }
                     }
                     1 => {
+                        let ranges = [b..b + n / 2, a + 1..a + n, a..a + n / 2 + 1];
+                        view.forget_all(&ranges.clone().map(|r| r.start as u64 * PAGE..r.end as u64 * PAGE));
+                        for range in ranges.into_iter().filter(|range| !range.is_empty()) {
+                            model[range].fill(Belongs::Nothing);
+                        }
+                    }
+                    2 => {
                         view.unmap(a as u64 * PAGE..(a + n) as u64 * PAGE);
                         model[a..a + n].fill(Belongs::Nothing);
                     }
