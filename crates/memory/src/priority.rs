@@ -79,6 +79,13 @@ impl Thread {
     }
 }
 
+/// Whether the calling thread is urgent.
+pub(crate) fn is_urgent() -> bool {
+    // SAFETY: sched_getscheduler takes a number; 0 is the calling thread.
+    let policy = unsafe { libc::sched_getscheduler(0) };
+    policy & !libc::SCHED_RESET_ON_FORK == libc::SCHED_FIFO
+}
+
 /// `struct sched_attr` of sched_setattr(2), its first version.
 #[repr(C)]
 #[derive(Debug, Default)]

@@ -4,6 +4,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use super::thread_state;
+use crate::priority;
 use crate::sys::{self, PTRACE_EVENT_STOP};
 
 /// What a thread is stopped for.
@@ -115,6 +116,11 @@ impl Waiter {
     /// Polls that give way to other tasks but do not sleep: about 100 us.
     const SPINS: u32 = 200;
     const LONGEST_SLEEP: Duration = Duration::from_micros(500);
+    /// Polls of a thread that is urgent: it gives way to nobody who is not. What it waits for may
+    /// wait for its processor.
+    const URGENT_SPINS: u32 = 80;
+    /// How long it sleeps then: long enough for another to begin, which shorter ones are not.
+    const URGENT_SLEEP: Duration = Duration::from_micros(40);
 
     pub(super) fn until(until: Instant) -> Self {
         Self { until, polls: 0 }
@@ -140,7 +146,11 @@ impl Waiter {
             }
             self.polls += 1;
             if self.polls < Self::SPINS {
-                std::thread::yield_now();
+                if self.polls >= Self::URGENT_SPINS && priority::is_urgent() {
+                    std::thread::sleep(Self::URGENT_SLEEP);
+                } else {
+                    std::thread::yield_now();
+                }
                 continue;
             }
             if self.polls % 16 == 8 && matches!(thread_state(pid, tid), None | Some('Z' | 'X')) {
