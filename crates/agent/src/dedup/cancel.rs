@@ -29,7 +29,7 @@ struct State {
     tell: Option<Box<dyn FnOnce() + Send>>,
     /// The thread that operates.
     operator: Option<Thread>,
-    /// The thread that thawed, as long as the operation has something to run.
+    /// The thread that asked, as long as the operation has something to run.
     urgent: Option<Urgent>,
 }
 
@@ -60,14 +60,15 @@ impl Cancel {
         self.requested.store(true, Ordering::Release);
         let mut state = self.state.lock();
         if let Some(thaw) = state.thaw.take() {
-            let urgent = Urgent::this_thread();
+            state.urgent = Some(Urgent::this_thread());
             let thawed = thaw();
             if thawed.is_ok() {
                 state.tell();
             }
-            (state.thawed, state.urgent) = (Some(thawed), Some(urgent));
+            state.thawed = Some(thawed);
         } else if let Some(operator) = &state.operator {
             operator.hurry();
+            state.urgent = Some(Urgent::this_thread());
         }
         drop(state);
         self.changed.notify_all();
