@@ -162,7 +162,7 @@ impl Holder for Holding<'_> {
         Ok(())
     }
 
-    fn take_back(&self, _: &[Vec<Range<u64>>]) -> Result<(), String> {
+    fn take_back(&self, _: &[Vec<Range<u64>>], _: &mut dyn FnMut()) -> Result<(), String> {
         Err("nobody takes a group back from an operation".into())
     }
 

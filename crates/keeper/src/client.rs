@@ -298,7 +298,21 @@ impl Keeper {
     /// # Errors
     /// [`KeeperError::Lost`] when the connection breaks.
     pub fn call_blocking(&self, command: Command) -> Result<Reply, KeeperError> {
-        self.send(command)?.blocking_recv().map_err(|_| KeeperError::Lost)
+        self.call_blocking_while(command, || {})
+    }
+
+    /// As [`Keeper::call_blocking`]; does something else while the keeper works.
+    ///
+    /// # Errors
+    /// As [`Keeper::call_blocking`]. If the command can't be sent nothing else is done either.
+    pub fn call_blocking_while(
+        &self,
+        command: Command,
+        meanwhile: impl FnOnce(),
+    ) -> Result<Reply, KeeperError> {
+        let answer = self.send(command)?;
+        meanwhile();
+        answer.blocking_recv().map_err(|_| KeeperError::Lost)
     }
 
     /// Like [`Keeper::call`], for commands that are answered with [`Reply::Done`].

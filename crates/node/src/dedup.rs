@@ -253,7 +253,11 @@ impl KeeperHolds {
     }
 
     fn call(&self, command: Command) -> Result<Reply, String> {
-        match self.keeper.call_blocking(command) {
+        self.call_while(command, || {})
+    }
+
+    fn call_while(&self, command: Command, meanwhile: impl FnOnce()) -> Result<Reply, String> {
+        match self.keeper.call_blocking_while(command, meanwhile) {
             Ok(Reply::Refused(why)) => Err(why),
             Ok(reply) => Ok(reply),
             Err(error) => Err(error.to_string()),
@@ -291,8 +295,13 @@ impl Holder for KeeperHolds {
         self.order(Command::Left { sandbox: self.sandbox, ranges: ranges.to_vec() })
     }
 
-    fn take_back(&self, left: &[Vec<Range<u64>>]) -> Result<(), String> {
-        match self.call(Command::TakeBack { sandbox: self.sandbox, left: left.to_vec() })? {
+    fn take_back(
+        &self,
+        left: &[Vec<Range<u64>>],
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), String> {
+        let command = Command::TakeBack { sandbox: self.sandbox, left: left.to_vec() };
+        match self.call_while(command, meanwhile)? {
             Reply::Restored(done) => {
                 let _ = self.restore.set(done.number);
                 Ok(())

@@ -162,10 +162,10 @@ impl Operation<'_> {
         if let Ok(left) = &dropped
             && self.cancel.is_requested()
         {
-            // What is still to be done in the processes comes first: it touches their memory.
-            let settled = session.settle().map_err(text);
-            let back = settled
-                .and_then(|()| holder.take_back(left))
+            let mut settled = Ok(());
+            let back = holder
+                .take_back(left, &mut || settled = session.settle().map_err(text))
+                .and(settled)
                 .and_then(|()| session.run_on().map_err(text));
             back.map_err(|why| DedupError::Lost(format!("taking it back: {why}")))?;
             standing.runs_again();
@@ -322,12 +322,12 @@ fn steps(
     let (mut steps, mut step, mut cost) = (Vec::new(), Eviction::default(), 0);
     for mapping in &process.mappings {
         let range = mapping.start..mapping.end;
-        let mut ends = |step: &mut Eviction, costs: u64| {
-            cost += costs;
-            if cost >= STEP_NS {
+        let mut begins = |step: &mut Eviction, costs: u64| {
+            if cost > 0 && cost + costs > STEP_NS {
                 cost = 0;
                 steps.push(std::mem::take(step));
             }
+            cost += costs;
         };
         let pages = |mapping: &MappingPlan| -> u64 {
             mapping.runs.iter().map(|run| u64::from(run.pages)).sum()
@@ -335,19 +335,20 @@ fn steps(
         match mapping.kind {
             MappingKind::Replaced(protection) => {
                 let costs = REPLACE_NS + pages(mapping) * PAGE_NS;
+                begins(&mut step, costs);
                 step.replace.push(Replacement { range, protection });
-                ends(&mut step, costs);
             }
             MappingKind::File => {
+                let costs = RANGE_NS * mapping.runs.len() as u64 + pages(mapping) * PAGE_NS;
+                begins(&mut step, costs);
                 let runs = mapping.runs.iter().map(PageRun::range);
                 step.file.extend(runs.flat_map(|run| without(run, kept)));
-                ends(&mut step, RANGE_NS * mapping.runs.len() as u64 + pages(mapping) * PAGE_NS);
             }
             MappingKind::Anonymous if is_registered(&range) => {
                 step.register.push(range);
-                for (piece, pages) in pieces(mapping, STEP_NS / PAGE_NS) {
+                for (piece, pages) in pieces(mapping, (STEP_NS - RANGE_NS) / PAGE_NS) {
+                    begins(&mut step, RANGE_NS + pages * PAGE_NS);
                     step.anonymous.extend(without(piece, kept));
-                    ends(&mut step, RANGE_NS + pages * PAGE_NS);
                 }
             }
             MappingKind::Anonymous => {}

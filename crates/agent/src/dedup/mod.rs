@@ -108,11 +108,16 @@ pub trait Holder: Sync {
     fn left(&self, ranges: &[Vec<Range<u64>>]) -> Result<(), String>;
 
     /// Brings back what was dropped as it is needed, from now on: a request came while pages were
-    /// being dropped, and the caller lets the sandbox run. `left` is what [`Holder::left`] says.
+    /// being dropped, and the caller lets the sandbox run. `left` is what [`Holder::left`] says;
+    /// `meanwhile` is to be called once, while others work if they do.
     ///
     /// # Errors
     /// Why not; the sandbox must be killed then.
-    fn take_back(&self, left: &[Vec<Range<u64>>]) -> Result<(), String>;
+    fn take_back(
+        &self,
+        left: &[Vec<Range<u64>>],
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), String>;
 
     /// Puts all back that was dropped, after dropping failed half way, and thaws the sandbox. What
     /// was suspended stays so no longer: nothing is served or watched any more.

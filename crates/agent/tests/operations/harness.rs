@@ -385,10 +385,19 @@ impl Holder for Bench {
         Ok(())
     }
 
-    fn take_back(&self, left: &[Vec<Range<u64>>]) -> Result<(), String> {
+    fn take_back(
+        &self,
+        left: &[Vec<Range<u64>>],
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), String> {
         let mut image = self.held.lock().unwrap().take().ok_or("nothing is held")?;
         image.leave(left.to_vec());
-        let revived = image.revive(&Prefetch::default(), &mut RestoreBuffers::default());
+        let revived = std::thread::scope(|scope| {
+            let reviving =
+                scope.spawn(|| image.revive(&Prefetch::default(), &mut RestoreBuffers::default()));
+            meanwhile();
+            reviving.join().unwrap()
+        });
         *self.watched.lock().unwrap() = revived.map_err(|e| e.to_string())?.spaces;
         Ok(())
     }

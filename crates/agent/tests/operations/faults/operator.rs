@@ -340,7 +340,7 @@ impl Holder for Told {
         Err("nobody cancels here".into())
     }
 
-    fn take_back(&self, _: &[Vec<Range<u64>>]) -> Result<(), String> {
+    fn take_back(&self, _: &[Vec<Range<u64>>], _: &mut dyn FnMut()) -> Result<(), String> {
         unreachable!("nobody asks for the sandbox here")
     }
 

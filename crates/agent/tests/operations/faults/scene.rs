@@ -198,7 +198,12 @@ impl Holder for Keeping {
         }
     }
 
-    fn take_back(&self, left: &[Vec<Range<u64>>]) -> Result<(), String> {
+    fn take_back(
+        &self,
+        left: &[Vec<Range<u64>>],
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<(), String> {
+        meanwhile();
         self.left(left)?;
         let mut memory = self.memory();
         let Memory::Held(image, _) = std::mem::take(&mut *memory) else {
