@@ -13,6 +13,7 @@ mod error;
 pub mod image;
 pub mod index;
 pub mod plan;
+mod put_back;
 pub mod restore;
 pub mod view;
 pub mod working_set;

@@ -9,16 +9,14 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use medes_memory::pages::{PageClass, PageRun};
-use medes_memory::userfault::{
-    CopyMode, Event, FaultKind, FillError, Filled, UserFault, UserFaultFeatures,
-};
-use medes_memory::writer::write_pages;
-use medes_pages::{Decoder, PAGE_SIZE, Page};
+use medes_memory::userfault::{Event, FaultKind, FillError, Filled, UserFault, UserFaultFeatures};
+use medes_pages::PAGE_SIZE;
 use medes_store::{Extent, View};
 
 use crate::error::{ESRCH, RestoreError};
-use crate::index::{ImageIndex, Piece};
+use crate::index::ImageIndex;
+pub use crate::put_back::RestoreBuffers;
+use crate::put_back::{PutBack, Watch, all_beforehand, write_file_pages};
 use crate::view::{AddressView, Belongs, SpaceView};
 use crate::working_set::{Prefetch, PrefetchRange};
 
@@ -27,31 +25,12 @@ const PAGE: u64 = PAGE_SIZE as u64;
 /// The kernel's error number for "no memory".
 const ENOMEM: i32 = 12;
 
-/// Pages decoded before they are copied in one call: enough to make the call cheap, few enough to
-/// stay in the processor's cache.
-const BATCH: usize = 64;
-
 /// A stretch of the heap of at least so many pages that the image has nothing in is given back to
 /// the kernel before the sandbox runs: memory that is touched there for the first time, because the
 /// heap had been trimmed, then costs an ordinary page fault and not a round trip to us. It cuts the
 /// mapping in two for the kernel, and a program may not mremap two mappings at once; the heap,
 /// which belongs to the C library, is not moved.
 const HOLE_PAGES: u64 = 16;
-
-/// What a restore needs for working, worth keeping from one to the next: memory that was used
-/// before is much faster than new memory.
-pub struct RestoreBuffers {
-    decoder: Decoder,
-    pages: Vec<Page>,
-    events: Vec<Event>,
-}
-
-impl Default for RestoreBuffers {
-    fn default() -> Self {
-        let pages = vec![[0; PAGE_SIZE]; BATCH];
-        Self { decoder: Decoder::new(), pages, events: Vec::new() }
-    }
-}
 
 /// An image that can be read, and whose base pages are all there.
 pub struct OpenImage(Box<ImageIndex>);
@@ -177,11 +156,12 @@ impl HeldImage {
             }
             pages += write_file_pages(&index, process, buffers)?;
             let space = AddressSpace::new(&index, process, false, userfault, view);
-            for range in working_set.ranges.get(process).into_iter().flatten() {
-                pages += space.prefetch(range, buffers)?;
-            }
             spaces.push(Arc::new(space));
         }
+        let states: Vec<_> = spaces.iter().map(|space| space.lock()).collect();
+        let targets = spaces.iter().zip(&states).map(|(space, state)| space.put_back(state));
+        pages += all_beforehand(&targets.collect::<Vec<_>>(), working_set, buffers)?;
+        drop(states);
         Ok(Revived { spaces, pages })
     }
 }
@@ -229,14 +209,6 @@ pub enum Filling {
     Done,
     /// All pages are back, and the userfaultfd has been released: there is nothing left to serve.
     Released,
-}
-
-/// How a page comes back: with its writers watched or not. A page that is about to be written to is
-/// not worth watching, it costs the writer a fault.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Watch {
-    Yes,
-    No,
 }
 
 /// What serving an address space once did.
@@ -376,13 +348,13 @@ impl AddressSpace {
             match state.view.at(address) {
                 Belongs::Image(origin) => {
                     let page = address..address + PAGE;
-                    served.pages += self.put_back_locked(state, page, watch, buffers)?;
+                    served.pages += self.put_back(state).pages(&page, watch, buffers)?;
                     let block = address & !(neighbours * PAGE - 1);
                     let near = state.view.around(address, block..block + neighbours * PAGE);
                     for near in [near.start..address, address + PAGE..near.end] {
                         if near.start < near.end {
                             served.pages +=
-                                self.put_back_locked(state, near, Watch::Yes, buffers)?;
+                                self.put_back(state).pages(&near, Watch::Yes, buffers)?;
                         }
                     }
                     served.touched.push(origin);
@@ -426,74 +398,16 @@ impl AddressSpace {
         prefetch: &PrefetchRange,
         buffers: &mut RestoreBuffers,
     ) -> Result<u64, RestoreError> {
-        let watch = if prefetch.written { Watch::No } else { Watch::Yes };
-        let mut state = self.lock();
-        if state.suspended {
-            return Ok(0);
+        let state = self.lock();
+        match state.suspended {
+            true => Ok(0),
+            false => self.put_back(&state).beforehand(prefetch, buffers),
         }
-        let mut pages = 0;
-        for part in state.view.parts(prefetch.range.clone()) {
-            match self.put_back_with_zeros(&mut state, part, watch, buffers) {
-                Ok(more) => pages += more,
-                Err(RestoreError::Fill(FillError::Changing { .. })) => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(pages)
     }
 
-    /// As [`AddressSpace::put_back_locked`], and zeros where the image has nothing: whoever touches
-    /// such a page waits as long as for any other.
-    fn put_back_with_zeros(
-        &self,
-        state: &mut State,
-        range: Range<u64>,
-        watch: Watch,
-        buffers: &mut RestoreBuffers,
-    ) -> Result<u64, RestoreError> {
-        let Belongs::Image(origin) = state.view.at(range.start) else { return Ok(0) };
-        let shift = range.start.wrapping_sub(origin);
-        let of_image = origin..origin + (range.end - range.start);
-        let pages = self.put_back_locked(state, range, watch, buffers)?;
-        for gap in self.index.gaps(self.process, of_image) {
-            let gap = gap.start.wrapping_add(shift)..gap.end.wrapping_add(shift);
-            match state.userfault.zeropage(gap, false) {
-                Ok(_) | Err(FillError::NotRegistered { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(pages)
-    }
-
-    /// `range` must lie within one piece of the view.
-    fn put_back_locked(
-        &self,
-        state: &mut State,
-        range: Range<u64>,
-        watch: Watch,
-        buffers: &mut RestoreBuffers,
-    ) -> Result<u64, RestoreError> {
-        let Belongs::Image(origin) = state.view.at(range.start) else { return Ok(0) };
-        let shift = range.start.wrapping_sub(origin);
-        let of_image = origin..origin + (range.end - range.start);
-        let userfault = &state.userfault;
-        let write_protect = watch == Watch::Yes && userfault.tracks_writes();
-        let mode = CopyMode { write_protect, ..CopyMode::default() };
-        let mut pages = 0;
-        for_each_content(
-            &self.index,
-            self.process,
-            of_image,
-            buffers,
-            |address, file, content| {
-                if !file {
-                    pages += (content.len() / PAGE_SIZE) as u64;
-                    copy_where_mapped(userfault, address.wrapping_add(shift), content, mode)?;
-                }
-                Ok(())
-            },
-        )?;
-        Ok(pages)
+    fn put_back<'a>(&'a self, state: &'a State) -> PutBack<'a> {
+        let State { userfault, view, .. } = state;
+        PutBack { index: &self.index, process: self.process, userfault, view }
     }
 
     /// Puts back up to `pages` more pages, in the order of addresses. When all are back, the
@@ -534,7 +448,7 @@ impl AddressSpace {
         let next = self.index.next_page(self.process, start.wrapping_sub(shift));
         let start = next.map_or(range.end, |next| next.wrapping_add(shift).min(range.end));
         let end = range.end.min(start + pages * PAGE);
-        match self.put_back_locked(&mut state, start..end, Watch::Yes, buffers) {
+        match self.put_back(&state).pages(&(start..end), Watch::Yes, buffers) {
             Ok(_) => state.filled_to = end,
             // Tried again after reading what it does.
             Err(RestoreError::Fill(FillError::Changing { .. })) => {}
@@ -553,7 +467,7 @@ impl AddressSpace {
     ) -> Result<(), RestoreError> {
         let end = moved.end.min(moved.start + pages * PAGE);
         for part in state.view.parts(moved.start..end) {
-            match self.put_back_locked(state, part, Watch::Yes, buffers) {
+            match self.put_back(state).pages(&part, Watch::Yes, buffers) {
                 Ok(_) => {}
                 Err(RestoreError::Fill(FillError::Changing { .. })) => {
                     state.moved.push(moved);
@@ -722,70 +636,3 @@ fn is_gone(state: &State) -> bool {
 
 /// Lower than programs map anything, and not so low that the kernel forbids it.
 const LOW: u64 = 64 << 10;
-
-/// Copies pages to where they belong, those that have a place: a child lacks the mappings that its
-/// parent kept from it (`MADV_DONTFORK`).
-fn copy_where_mapped(
-    userfault: &UserFault,
-    start: u64,
-    content: &[u8],
-    mode: CopyMode,
-) -> Result<(), FillError> {
-    match userfault.copy(start, content, mode) {
-        Err(FillError::NotRegistered { .. }) if content.len() > PAGE_SIZE => {
-            let mut pages = content.chunks(PAGE_SIZE).zip((start..).step_by(PAGE_SIZE));
-            pages.try_for_each(|(page, at)| copy_where_mapped(userfault, at, page, mode))
-        }
-        Ok(_) | Err(FillError::NotRegistered { .. }) => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Writes the pages of private file mappings of a process.
-fn write_file_pages(
-    index: &ImageIndex,
-    process: usize,
-    buffers: &mut RestoreBuffers,
-) -> Result<u64, RestoreError> {
-    let pid = index.table().processes[process].pid;
-    let mut runs: Vec<PageRun> = Vec::new();
-    let mut contents: Vec<u8> = Vec::new();
-    let table = &index.table().processes[process];
-    for run in table.runs.iter().filter(|run| run.file) {
-        let range = run.address..run.end();
-        for_each_content(index, process, range, buffers, |address, _, content| {
-            let pages = (content.len() / PAGE_SIZE) as u32;
-            runs.push(PageRun { start: address, pages, class: PageClass::FileCow });
-            contents.extend_from_slice(content);
-            Ok(())
-        })?;
-    }
-    write_pages(pid, &runs, &contents)?;
-    Ok((contents.len() / PAGE_SIZE) as u64)
-}
-
-/// Calls `found` with the content of the pages that the image has in a range, in pieces.
-fn for_each_content(
-    index: &ImageIndex,
-    process: usize,
-    range: Range<u64>,
-    buffers: &mut RestoreBuffers,
-    mut found: impl FnMut(u64, bool, &[u8]) -> Result<(), RestoreError>,
-) -> Result<(), RestoreError> {
-    let RestoreBuffers { decoder, pages, .. } = buffers;
-    index.for_each(process, range, |address, file, piece| match piece {
-        Piece::Stored(content) => found(address, file, content),
-        Piece::Patched(list, mut patches) => {
-            let mut address = address;
-            for batch in list.chunks(BATCH) {
-                for (patch, page) in batch.iter().zip(pages.iter_mut()) {
-                    index.decode(patch, &mut patches, decoder, page)?;
-                }
-                let content = pages[..batch.len()].as_flattened();
-                found(address, file, content)?;
-                address += content.len() as u64;
-            }
-            Ok(())
-        }
-    })
-}

@@ -77,6 +77,29 @@ impl Thread {
     pub fn hurry(&self) {
         apply(self.0, &Attributes::urgent());
     }
+
+    /// Has the thread run on any processor but the one that the calling thread runs on now, until
+    /// the next time. A thread that is woken may have to wait for its waker's though another is idle:
+    /// where all have been busy lately, the kernel does not look for one (`SIS_UTIL` in
+    /// kernel/sched/features.h). Best effort.
+    pub fn keep_elsewhere(&self) {
+        // SAFETY: cpu_set_t is plain data, for which zero is a valid value.
+        let mut processors: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        let size = size_of::<libc::cpu_set_t>();
+        // SAFETY: the kernel writes at most `size` bytes to the address, which is writable and has
+        // that many. Thread 0 is the calling one.
+        if unsafe { libc::sched_getaffinity(0, size, &raw mut processors) } != 0 {
+            return;
+        }
+        // SAFETY: sched_getcpu takes nothing.
+        let Ok(own) = usize::try_from(unsafe { libc::sched_getcpu() }) else { return };
+        if own < libc::CPU_SETSIZE as usize {
+            // SAFETY: it clears one bit, which the set has.
+            unsafe { libc::CPU_CLR(own, &mut processors) };
+            // SAFETY: the kernel reads `size` bytes at the address. It refuses an empty set.
+            unsafe { libc::sched_setaffinity(self.0, size, &raw const processors) };
+        }
+    }
 }
 
 /// Whether the calling thread is urgent.
@@ -157,6 +180,31 @@ mod tests {
         .join()
         .unwrap();
         assert_eq!(nice(), 0, "no other thread is");
+    }
+
+    #[test]
+    fn a_thread_is_kept_elsewhere() {
+        // SAFETY: sched_getcpu takes nothing.
+        let processor = || unsafe { libc::sched_getcpu() };
+        let alone = std::thread::available_parallelism().is_ok_and(|n| n.get() == 1);
+        let (tell, told) = std::sync::mpsc::channel();
+        let (go, gone) = std::sync::mpsc::channel();
+        let other = std::thread::spawn(move || {
+            tell.send(Thread::this()).unwrap();
+            gone.recv().unwrap();
+            processor()
+        });
+        let thread = told.recv().unwrap();
+        // It may be moved in between, but not all the time.
+        let here = loop {
+            let here = processor();
+            thread.keep_elsewhere();
+            if processor() == here {
+                break here;
+            }
+        };
+        go.send(()).unwrap();
+        assert!(other.join().unwrap() != here || alone);
     }
 
     #[test]
