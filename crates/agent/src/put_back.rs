@@ -29,7 +29,7 @@ const BATCH: usize = 64;
 /// than we to decode one, and lets several threads copy at once.
 const THREADS: usize = 4;
 
-/// Pages that are worth another thread, which takes about as long to wake as 50 take.
+/// Pages that are worth another thread, which takes about as long to wake as 30 take.
 const PAGES_PER_THREAD: u64 = 100;
 
 /// Pages that a thread takes at a time: neighbours get into each other's way.

@@ -1,4 +1,4 @@
-//! Scheduling priority of the platform's own threads.
+//! Scheduling of the platform's own threads: their priority, and where they run.
 //!
 //! A thread that wakes up may have to wait until the one that runs has used up its time slice,
 //! about 3 ms, even if that one yields to it otherwise (EEVDF, `RUN_TO_PARITY` in
@@ -60,7 +60,7 @@ impl Drop for Urgent {
     }
 }
 
-/// A thread of this process that others may hurry.
+/// A thread of this process whose scheduling others may change.
 #[derive(Debug)]
 pub struct Thread(libc::pid_t);
 
