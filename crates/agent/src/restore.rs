@@ -264,7 +264,7 @@ impl AddressSpace {
 
     /// Follows what the process reports and answers its faults; does not wait for any. With each
     /// page that a thread waits for, those in the same block of `neighbours` pages (a power of two)
-    /// are put back too: a page costs 1.3 us in a batch and 6.6 us when a thread has to wait.
+    /// are put back too: a page costs 1.3 us in a batch and ten times that when a thread has to wait.
     ///
     /// # Errors
     /// [`RestoreError`]. [`RestoreError::is_gone`] when the process has ended; after any other
