@@ -32,8 +32,11 @@ const THREADS: usize = 4;
 /// Pages that are worth another thread, which takes about as long to wake as 30 take.
 const PAGES_PER_THREAD: u64 = 100;
 
-/// Pages that a thread takes at a time: neighbours get into each other's way.
-const GROUP: u64 = 256;
+/// The most pages that a thread takes at a time: neighbours get into each other's way.
+const LARGE_GROUP: u64 = 256;
+
+/// The fewest. Towards the end threads take ever fewer, so that they end together.
+const SMALL_GROUP: u64 = 32;
 
 /// What a restore needs for working, worth keeping from one to the next: memory that was used
 /// before is much faster than new memory.
@@ -180,7 +183,7 @@ pub(crate) fn all_beforehand(
         slices.map(move |range| (target, PrefetchRange { range, written }))
     });
     let pieces: Vec<(&PutBack<'_>, PrefetchRange)> = pieces.collect();
-    let groups = groups(pieces.iter().map(|(_, piece)| page_count(piece)));
+    let groups = groups(pieces.iter().map(|(_, piece)| page_count(piece)), 1 + helpers.threads);
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
     let work = |buffers: &mut RestoreBuffers| {
         let mut pages = 0;
@@ -213,19 +216,21 @@ fn page_count(prefetch: &PrefetchRange) -> u64 {
     (prefetch.range.end - prefetch.range.start) / PAGE
 }
 
-/// Which pieces, given by how many pages they have, one thread takes at a time.
-fn groups(pieces: impl Iterator<Item = u64>) -> Vec<Range<usize>> {
+/// Which pieces, given by how many pages they have, one of so many threads takes at a time.
+fn groups(pieces: impl Iterator<Item = u64> + Clone, threads: usize) -> Vec<Range<usize>> {
+    let mut rest: u64 = pieces.clone().sum();
     let mut groups: Vec<Range<usize>> = Vec::new();
-    let mut held = GROUP;
+    let mut room = 0;
     for (n, pages) in pieces.enumerate() {
-        if held >= GROUP {
+        if room == 0 {
+            // Half of an equal share of what is left.
+            room = (rest / (2 * threads as u64)).clamp(SMALL_GROUP, LARGE_GROUP);
             groups.push(n..n);
-            held = 0;
         }
         if let Some(last) = groups.last_mut() {
             last.end = n + 1;
         }
-        held += pages;
+        (room, rest) = (room.saturating_sub(pages), rest - pages);
     }
     groups
 }
@@ -360,13 +365,20 @@ mod tests {
 
     proptest! {
         #[test]
-        fn groups_are_all_pieces_in_order(pieces in prop::collection::vec(0..=64u64, 0..60)) {
-            let groups = groups(pieces.iter().copied());
+        fn groups_are_all_pieces_in_order(
+            pieces in prop::collection::vec(0..=64u64, 0..60),
+            threads in 1..=THREADS,
+        ) {
+            let groups = groups(pieces.iter().copied(), threads);
             let all: Vec<usize> = groups.iter().cloned().flatten().collect();
             prop_assert_eq!(all, (0..pieces.len()).collect::<Vec<_>>());
             for group in &groups {
                 let pages: u64 = pieces[group.clone()].iter().sum();
-                prop_assert!(pages < GROUP + 64);
+                prop_assert!(pages < LARGE_GROUP + 64);
+            }
+            if let Some(last) = groups.last() {
+                let pages: u64 = pieces[last.clone()].iter().sum();
+                prop_assert!(pages < 2 * 64, "{pages}");
             }
         }
     }
