@@ -97,6 +97,14 @@ pub enum PlanError {
     /// There is no process.
     #[error("there is no process to deduplicate")]
     Nothing,
+    /// The process has made memory that the earlier image has something of unfit for being dropped.
+    #[error("memory of process {pid} that is not all back may not be dropped any more: {reason}")]
+    Stays {
+        /// The process.
+        pid: i32,
+        /// Why it has to stay.
+        reason: &'static str,
+    },
     /// Processes have come or gone since the earlier image was made.
     #[error("the sandbox has other processes than its image")]
     OtherProcesses,
@@ -193,7 +201,10 @@ impl ProcessPlan {
             // Both are in order, and a frozen process maps nothing.
             let mapping = flagged.find(|mapping| mapping.range() == range);
             let mapping = mapping.ok_or_else(|| look(io::ErrorKind::NotFound.into()))?;
-            if mapping.left_resident().is_some() {
+            if let Some(reason) = mapping.left_resident() {
+                if !known.is_empty() {
+                    return Err(PlanError::Stays { pid, reason });
+                }
                 continue;
             }
             let kind = kind_of(pid, mapping, &runs);

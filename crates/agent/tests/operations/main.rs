@@ -11,6 +11,7 @@ use std::time::Duration;
 use harness::{Bench, Target};
 use medes_agent::RestoreError;
 use medes_agent::dedup::{Cancel, DedupError, Hindrance};
+use medes_agent::plan::PlanError;
 use medes_agent::restore::{Filling, RestoreBuffers, Served};
 use medes_agent::working_set::{Prefetch, WorkingSet};
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
@@ -415,6 +416,23 @@ fn what_was_away_before_is_not_left_when_a_request_comes_again() {
     }
     assert!(taken_back > 0);
     bench.restore(&mut target, Target::check);
+    bench.give_back(done);
+}
+
+#[test]
+fn memory_that_is_away_and_must_stay_from_now_on_is_not_forgotten() {
+    let bench = bench();
+    let mut target = Target::start(21);
+    let done = bench.dedup(&target, true).expect("deduplicates");
+    bench.restore_watched(&mut target, false, |target| {
+        target.tell("wipe");
+        assert_eq!(target.line(), "wiped");
+    });
+    let again = bench.dedup_again(&target, &done);
+    let expected =
+        matches!(&again, Err(DedupError::StaysWarm(Hindrance::Plan(PlanError::Stays { .. }))));
+    assert!(expected, "{again:?}");
+    bench.serve_watched(|| target.check());
     bench.give_back(done);
 }
 

@@ -7,6 +7,9 @@ import sys
 import threading
 import time
 
+# From linux/mman.h; the mmap module lacks it.
+MADV_WIPEONFORK = 18
+
 seed = int(sys.argv[1])
 source = random.Random(seed)
 # Alike in all subjects, with a little that is not; and something that is like nothing else.
@@ -43,6 +46,11 @@ expected = digest()
 requests = 0
 print("ready", flush=True)
 for line in sys.stdin:
+    if line == "wipe\n":
+        # Touches none of it.
+        zeros.madvise(MADV_WIPEONFORK)
+        print("wiped", flush=True)
+        continue
     requests += 1
     before = ticks
     deadline = time.monotonic() + 10
