@@ -4,9 +4,9 @@ use std::io;
 use std::ops::Range;
 
 use medes_memory::PAGE_SIZE;
-use medes_memory::mappings::{Mapping, Mappings, stopped};
+use medes_memory::mappings::{Mapping, Mappings};
 use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_mapping_obstacles, find_obstacles};
-use medes_memory::pages::{PageClass, PageRun, PageScanner};
+use medes_memory::pages::{PageClass, PageRun, PageScanner, PrivatePages};
 use medes_memory::ranges::{overlap, without};
 use medes_memory::reader::read_pages;
 
@@ -180,21 +180,17 @@ impl Plan {
 impl ProcessPlan {
     fn of(pid: i32, space: Option<&SpaceView>, stop: Stop<'_>) -> Result<Self, PlanError> {
         let look = |source| PlanError::Look { pid, source };
-        let all = Mappings::read(pid).map_err(look)?;
-        if let Some(first) = find_mapping_obstacles(pid, &all).into_iter().next() {
-            return Err(first.into());
-        }
         // The flags take as long as all the rest.
         let (flagged, scanned) = std::thread::scope(|scope| {
             let flagged = std::thread::Builder::new()
                 .spawn_scoped(scope, || Mappings::read_with_flags(pid, stop));
-            let scanned = scan(pid, &all, space, stop);
+            let scanned = scan(pid, space, stop);
             let flagged = flagged.and_then(|thread| {
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             });
             (flagged, scanned)
         });
-        let (flagged, scanned) = (flagged.map_err(look)?, scanned.map_err(look)?);
+        let (scanned, flagged) = (scanned?, flagged.map_err(look)?);
         let mut flagged = flagged.iter();
         let mut mappings = Vec::with_capacity(scanned.len());
         for Scanned { range, there, mut runs, reused, known } in scanned {
@@ -233,25 +229,22 @@ struct Scanned {
 
 /// Looks at the pages of all mappings that may be droppable, in order; those that have none are
 /// left out.
-fn scan(
-    pid: i32,
-    all: &[Mapping],
-    space: Option<&SpaceView>,
-    stop: Stop<'_>,
-) -> io::Result<Vec<Scanned>> {
-    let mut scanner = PageScanner::open(pid)?;
+fn scan(pid: i32, space: Option<&SpaceView>, stop: Stop<'_>) -> Result<Vec<Scanned>, PlanError> {
+    let look = |source| PlanError::Look { pid, source };
+    let all = Mappings::read(pid).map_err(look)?;
+    if let Some(first) = find_mapping_obstacles(pid, &all).into_iter().next() {
+        return Err(first.into());
+    }
+    let droppable: Vec<_> = all.iter().filter(|m| m.left_resident().is_none()).collect();
+    let pages = PageScanner::open(pid).and_then(|mut s| s.scan_all(&droppable, stop));
     let mut scanned = Vec::new();
-    for mapping in all.iter().filter(|m| m.left_resident().is_none()) {
-        if stop() {
-            return Err(stopped());
-        }
-        let mut runs = Vec::new();
-        scanner.scan(mapping, &mut runs)?;
-        let there = runs.iter().map(PageRun::range).collect();
+    for (mapping, PrivatePages { mut runs, written }) in droppable.iter().zip(pages.map_err(look)?)
+    {
         let known = match space {
             Some(space) if mapping.is_anonymous() => space.of_image(&mapping.range()),
             _ => Vec::new(),
         };
+        let there = runs.iter().map(PageRun::range).collect();
         // What was read but never written reads as zeros again all by itself, unless the image
         // would put something else there.
         let is_known = |run: &PageRun| known.iter().any(|k| overlap(&k.range, &run.range()));
@@ -259,29 +252,24 @@ fn scan(
         if runs.is_empty() && known.is_empty() {
             continue;
         }
-        let reused = match known.is_empty() {
-            true => Vec::new(),
-            false => split_unwritten(&mut scanner, &known, &mut runs)?,
-        };
+        let reused = split_unwritten(&known, &written, &mut runs);
         scanned.push(Scanned { range: mapping.range(), there, runs, reused, known });
     }
     Ok(scanned)
 }
 
-/// Takes the pages out of `runs` that have not been written to since the image put them back, and
+/// Takes the pages out of `runs` that have not been `written` to since the image put them back, and
 /// returns all that the image still has right within `known`.
 fn split_unwritten(
-    scanner: &mut PageScanner,
     known: &[Reused],
+    written: &[Range<u64>],
     runs: &mut Vec<PageRun>,
-) -> io::Result<Vec<Reused>> {
-    let mut unwritten: Vec<Range<u64>> = Vec::new();
-    for Reused { range, .. } in known {
-        let mut written = Vec::new();
-        scanner.scan_written(range.clone(), PageClass::Anonymous, false, &mut written)?;
-        let written: Vec<_> = written.iter().map(PageRun::range).collect();
-        unwritten.extend(without(range.clone(), &written));
+) -> Vec<Reused> {
+    if known.is_empty() {
+        return Vec::new();
     }
+    let unwritten: Vec<_> =
+        known.iter().flat_map(|known| without(known.range.clone(), written)).collect();
     *runs = runs.iter().flat_map(|run| cut(run, &unwritten)).collect();
     let present: Vec<_> = runs.iter().map(PageRun::range).collect();
     let mut reused = Vec::new();
@@ -291,7 +279,7 @@ fn split_unwritten(
             reused.push(Reused { range: part, origin });
         }
     }
-    Ok(reused)
+    reused
 }
 
 /// A run without the pages of `holes`, which are in order.

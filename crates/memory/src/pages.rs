@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use crate::mappings::Mapping;
+use crate::mappings::{Mapping, stopped};
 use crate::sys::{self, PAGE_SIZE};
 
 /// What a page holds.
@@ -61,12 +61,13 @@ const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 /// A lightweight guard region (6.13; reported since 6.15): a marker, no page.
 const PAGE_IS_GUARD: u64 = 1 << 8;
-const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
-const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
 /// Regions a scan call returns at most.
 const REGIONS: usize = 512;
+/// Mappings with less than so many bytes between them are looked at in one call, which takes the
+/// kernel several microseconds whatever there is.
+const GAP: u64 = 32 << 20;
 
 /// `struct page_region` of linux/fs.h.
 #[repr(C)]
@@ -75,6 +76,16 @@ struct PageRegion {
     start: u64,
     end: u64,
     categories: u64,
+}
+
+impl PageRegion {
+    /// What its pages hold, if private pages there are of this class.
+    fn class(&self, class: PageClass) -> PageClass {
+        match self.categories & PAGE_IS_PFNZERO {
+            0 => class,
+            _ => PageClass::ZeroPage,
+        }
+    }
 }
 
 /// `struct pm_scan_arg` of linux/fs.h.
@@ -93,6 +104,16 @@ struct PmScanArg {
     category_mask: u64,
     category_anyof_mask: u64,
     return_mask: u64,
+}
+
+/// The private pages of a mapping.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PrivatePages {
+    /// All of them, by ascending address.
+    pub runs: Vec<PageRun>,
+    /// Those that were written to since they were last write-protected
+    /// ([`PageScanner::find_written`]).
+    pub written: Vec<Range<u64>>,
 }
 
 /// How the kernel is asked.
@@ -158,55 +179,91 @@ impl PageScanner {
     ) -> io::Result<()> {
         match self.method {
             Method::Scan { guard } => {
-                let guard = if guard { PAGE_IS_GUARD } else { 0 };
-                let query = PmScanArg {
-                    category_inverted: PAGE_IS_FILE | guard,
-                    category_mask: PAGE_IS_FILE | guard,
-                    category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-                    return_mask: PAGE_IS_PFNZERO,
-                    ..PmScanArg::default()
-                };
+                let query = PmScanArg { return_mask: PAGE_IS_PFNZERO, ..private_pages(guard) };
                 self.scan_with(range, query, |region| {
-                    let zero = region.categories & PAGE_IS_PFNZERO != 0;
-                    push(
-                        out,
-                        region.start..region.end,
-                        if zero { PageClass::ZeroPage } else { class },
-                    );
+                    push(out, region.start..region.end, region.class(class));
                 })
             }
             Method::Pagemap => self.read_pagemap(range, class, out),
         }
     }
 
-    /// Appends the pages of `range` written since they were last write-protected, and, with
-    /// `protect`, protects them again in the same step. The range must be registered with a
-    /// userfaultfd in asynchronous write-protect mode (`WP_ASYNC`, 6.7).
+    /// The private pages of many mappings, which are in order, for each of them. `stop` is asked now
+    /// and then whether to give up.
     ///
     /// # Errors
-    /// `Unsupported` without `PAGEMAP_SCAN`; EPERM if part of the range is not registered so.
-    pub fn scan_written(
+    /// As for [`PageScanner::scan`]; [`stopped`].
+    pub fn scan_all(
         &mut self,
-        range: Range<u64>,
-        class: PageClass,
-        protect: bool,
-        out: &mut Vec<PageRun>,
-    ) -> io::Result<()> {
-        if self.method == Method::Pagemap {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "this kernel has no PAGEMAP_SCAN (it needs Linux 6.7)",
-            ));
+        mappings: &[&Mapping],
+        stop: &(dyn Fn() -> bool + Sync),
+    ) -> io::Result<Vec<PrivatePages>> {
+        let mut all: Vec<PrivatePages> = Vec::with_capacity(mappings.len());
+        for together in mappings.chunk_by(|one, next| next.start - one.end < GAP) {
+            if stop() {
+                return Err(stopped());
+            }
+            let (Some(first), Some(last)) = (together.first(), together.last()) else { continue };
+            let mut regions = Vec::new();
+            self.look(first.start..last.end, |region| regions.push(*region))?;
+            let mut rest = regions.as_slice();
+            for mapping in together {
+                rest = &rest[rest.partition_point(|region| region.end <= mapping.start)..];
+                let class = match mapping.is_anonymous() {
+                    true => PageClass::Anonymous,
+                    false => PageClass::FileCow,
+                };
+                let mut pages = PrivatePages::default();
+                for region in rest.iter().take_while(|region| region.start < mapping.end) {
+                    // A region may reach over the border of two mappings.
+                    let range = region.start.max(mapping.start)..region.end.min(mapping.end);
+                    push(&mut pages.runs, range.clone(), region.class(class));
+                    if region.categories & PAGE_IS_WRITTEN != 0 {
+                        pages.written.push(range);
+                    }
+                }
+                all.push(pages);
+            }
         }
-        let flags = PM_SCAN_CHECK_WPASYNC | if protect { PM_SCAN_WP_MATCHING } else { 0 };
-        let query = PmScanArg {
-            flags,
-            category_mask: PAGE_IS_WRITTEN,
-            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            return_mask: PAGE_IS_PFNZERO,
-            ..PmScanArg::default()
-        };
-        self.scan_with(range, query, |region| push(out, region.start..region.end, class))
+        Ok(all)
+    }
+
+    /// Appends the private pages of `range`, whatever is mapped there, that were written to since they
+    /// were last write-protected. All pages count as written to in memory that is not registered
+    /// with a userfaultfd in asynchronous write-protect mode, and all there are in a kernel that has
+    /// none (6.7).
+    ///
+    /// # Errors
+    /// As for [`PageScanner::scan`].
+    pub fn find_written(&mut self, range: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
+        self.look(range, |region| {
+            if region.categories & PAGE_IS_WRITTEN != 0 {
+                out.push(region.start..region.end);
+            }
+        })
+    }
+
+    /// Finds the private pages of a range, whatever is mapped there: which are written to, and
+    /// which are zero.
+    fn look(&mut self, range: Range<u64>, mut found: impl FnMut(&PageRegion)) -> io::Result<()> {
+        match self.method {
+            Method::Scan { guard } => {
+                let return_mask = PAGE_IS_PFNZERO | PAGE_IS_WRITTEN;
+                let query = PmScanArg { return_mask, ..private_pages(guard) };
+                self.scan_with(range, query, found)
+            }
+            Method::Pagemap => {
+                let mut runs = Vec::new();
+                self.read_pagemap(range, PageClass::Anonymous, &mut runs)?;
+                let region = |run: &PageRun| PageRegion {
+                    start: run.start,
+                    end: run.end(),
+                    categories: PAGE_IS_WRITTEN,
+                };
+                runs.iter().for_each(|run| found(&region(run)));
+                Ok(())
+            }
+        }
     }
 
     fn scan_with(
@@ -271,6 +328,17 @@ impl PageScanner {
             page += read as u64 / ENTRY;
         }
         Ok(())
+    }
+}
+
+/// The query that finds private pages; `guard` says whether the kernel knows guard regions.
+fn private_pages(guard: bool) -> PmScanArg {
+    let not = PAGE_IS_FILE | if guard { PAGE_IS_GUARD } else { 0 };
+    PmScanArg {
+        category_inverted: not,
+        category_mask: not,
+        category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        ..PmScanArg::default()
     }
 }
 

@@ -4,8 +4,8 @@
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use medes_memory::pages::{PageClass, PageRun, PageScanner};
-use medes_memory::ranges::{slices, without};
+use medes_memory::pages::{PageRun, PageScanner};
+use medes_memory::ranges::{overlap, slices, without};
 use medes_memory::session::{EvictError, Eviction, Freezer, Replacement, Session};
 use medes_memory::tracee::SeizeOptions;
 use medes_memory::userfault::{RegisterMode, UserFault};
@@ -29,6 +29,13 @@ const RANGE_NS: u64 = 10_000;
 
 /// Putting anonymous memory in the place of a file mapping, nanoseconds.
 const REPLACE_NS: u64 = 22_000;
+
+/// Pages that are there in the memory that is looked at in one piece for writes: it takes the kernel
+/// 0.2 ms.
+const LOOKED: u64 = 4096;
+
+/// Memory with more bytes between it is looked at in two pieces.
+const GAP: u64 = 32 << 20;
 
 /// What is registered of a plan's processes.
 pub(super) struct Registered {
@@ -209,26 +216,24 @@ impl Operation<'_> {
         if !pids.iter().copied().eq(plan.processes.iter().map(|p| p.pid)) {
             return Err(Hindrance::Changed.into());
         }
-        let mut written = Vec::new();
         for (n, process) in plan.processes.iter().enumerate() {
             let mut scanner = PageScanner::open(process.pid).map_err(Hindrance::Look)?;
-            let mut scan = |range: Range<u64>| {
+            let unwritten = unwritten(process, |mapping| {
+                registered.watches(mapping) && registered.includes(n, &(mapping.start..mapping.end))
+            });
+            let mut written = Vec::new();
+            for look in looks(&unwritten, process) {
                 self.check_cancelled()?;
-                let found = scanner.scan_written(range, PageClass::Anonymous, false, &mut written);
-                found.map_err(|error| DedupError::from(Hindrance::Look(error)))
-            };
-            for mapping in &process.mappings {
-                let range = mapping.start..mapping.end;
-                if registered.watches(mapping) && registered.includes(n, &range) {
-                    mapping.runs.iter().try_for_each(|run| scan(run.range()))?;
-                }
-                for reused in &mapping.reused {
-                    scan(reused.range.clone())?;
+                written.clear();
+                scanner.find_written(look, &mut written).map_err(Hindrance::Look)?;
+                let is_meant = |range: &Range<u64>| {
+                    let at = unwritten.partition_point(|pages| pages.end <= range.start);
+                    unwritten.get(at).is_some_and(|pages| overlap(pages, range))
+                };
+                if written.iter().any(is_meant) {
+                    return Err(Hindrance::Changed.into());
                 }
             }
-        }
-        if !written.is_empty() {
-            return Err(Hindrance::Changed.into());
         }
         let mut buffer = page_buffer();
         for (batch, expected) in batches.iter().zip(hashes) {
@@ -306,6 +311,55 @@ fn there(process: &ProcessPlan, range: &Range<u64>) -> Vec<Range<u64>> {
         .map(|part| part.start.max(range.start)..part.end.min(range.end))
         .filter(|part| part.start < part.end)
         .collect()
+}
+
+/// The pages of a process that nobody may have written to since they were protected, in order: those
+/// that an earlier image brings back, and those that were read of mappings that are `watched`.
+fn unwritten(process: &ProcessPlan, watched: impl Fn(&MappingPlan) -> bool) -> Vec<Range<u64>> {
+    let of_mapping = |mapping: &MappingPlan| {
+        let runs = if watched(mapping) { mapping.runs.as_slice() } else { &[] };
+        let reused = mapping.reused.iter().map(|reused| reused.range.clone());
+        let mut pages: Vec<_> = runs.iter().map(PageRun::range).chain(reused).collect();
+        pages.sort_unstable_by_key(|range| range.start);
+        pages
+    };
+    process.mappings.iter().flat_map(of_mapping).collect()
+}
+
+/// Ranges that hold all of `pages`, which are in order, and few pages each that are there: a look for
+/// writes takes the kernel as long as those, but some microseconds at least.
+fn looks(pages: &[Range<u64>], process: &ProcessPlan) -> Vec<Range<u64>> {
+    let mut cuts = Vec::new();
+    let mut room = LOOKED;
+    for there in process.mappings.iter().flat_map(|mapping| &mapping.there) {
+        let mut at = there.start;
+        while at < there.end {
+            let end = there.end.min(at + room * PAGE_SIZE as u64);
+            room -= (end - at) / PAGE_SIZE as u64;
+            at = end;
+            if room == 0 {
+                cuts.push(at);
+                room = LOOKED;
+            }
+        }
+    }
+    let mut cuts = cuts.into_iter().peekable();
+    let mut looks: Vec<Range<u64>> = Vec::new();
+    for range in pages {
+        match looks.last_mut() {
+            Some(last) if range.start - last.end < GAP => last.end = range.end,
+            _ => looks.push(range.clone()),
+        }
+        while let Some(last) = looks.last_mut()
+            && let Some(cut) = cuts.next_if(|cut| *cut < last.end)
+        {
+            if cut > last.start {
+                let end = std::mem::replace(&mut last.end, cut);
+                looks.push(cut..end);
+            }
+        }
+    }
+    looks
 }
 
 fn text(error: impl std::fmt::Display) -> String {
@@ -400,6 +454,7 @@ mod tests {
 
     use super::*;
     use crate::plan::Reused;
+    use medes_memory::pages::PageClass;
 
     const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -486,6 +541,37 @@ mod tests {
                 all += pages;
             }
             prop_assert_eq!(all, runs.iter().map(|(_, pages)| u64::from(*pages)).sum::<u64>());
+        }
+
+        #[test]
+        fn looks_hold_all_pages_and_few_that_are_there(
+            pages in prop::collection::vec((0..20_000u64, 1..9000u64), 1..12),
+            there in prop::collection::vec((0..300u64, 1..3000u32), 0..12),
+        ) {
+            let laid_out = |lengths: &[(u64, u64)]| {
+                let mut at = 0;
+                let place = |(gap, length): &(u64, u64)| {
+                    let start = at + gap;
+                    at = start + length;
+                    start * PAGE..at * PAGE
+                };
+                lengths.iter().map(place).collect::<Vec<_>>()
+            };
+            let pages = laid_out(&pages);
+            let there: Vec<_> = there.iter().map(|(gap, n)| (*gap, u64::from(*n))).collect();
+            let mut mapping = mapping(MappingKind::Anonymous, 0, 1 << 30, &[]);
+            mapping.there = laid_out(&there);
+            let process = ProcessPlan { pid: 1, mappings: vec![mapping] };
+            let looks = looks(&pages, &process);
+            prop_assert!(looks.windows(2).all(|two| two[0].end <= two[1].start));
+            prop_assert!(pages.iter().all(|range| without(range.clone(), &looks).is_empty()));
+            let between = |range: &Range<u64>| without(range.clone(), &pages);
+            prop_assert!(looks.iter().flat_map(between).all(|gap| gap.end - gap.start < GAP));
+            for look in &looks {
+                let held: u64 =
+                    super::there(&process, look).iter().map(|range| range.end - range.start).sum();
+                prop_assert!(look.start < look.end && held / PAGE <= LOOKED);
+            }
         }
 
         #[test]

@@ -1,5 +1,7 @@
 //! Scanning and reading without changing anything.
 
+use std::ops::Range;
+
 use crate::harness::{Cgroup, Target, content_of};
 use medes_memory::mappings::Mappings;
 use medes_memory::pages::{PageClass, PageRun, PageScanner};
@@ -38,6 +40,29 @@ fn both_ways_of_scanning_agree() {
     both.sort_unstable();
     assert!(both == pages(&read, PageClass::Anonymous));
     assert!(!pages(&scanned, PageClass::FileCow).is_empty());
+}
+
+#[test]
+fn many_mappings_are_scanned_as_each_by_itself() {
+    let (_cgroup, target) = frozen_target();
+    let mappings = Mappings::read(target.pid).unwrap();
+    let droppable: Vec<_> = mappings.iter().filter(|m| m.left_resident().is_none()).collect();
+    let open = [PageScanner::open, PageScanner::open_without_scan];
+    for mut scanner in open.map(|open| open(target.pid).unwrap()) {
+        let all = scanner.scan_all(&droppable, &|| false).unwrap();
+        assert_eq!(all.len(), droppable.len());
+        for (mapping, found) in droppable.iter().zip(&all) {
+            let mut runs = Vec::new();
+            scanner.scan(mapping, &mut runs).unwrap();
+            assert_eq!(found.runs, runs, "{mapping:?}");
+            // Nothing is write-protected.
+            let pages =
+                |ranges: &[Range<u64>]| -> u64 { ranges.iter().map(|r| r.end - r.start).sum() };
+            let all: Vec<_> = runs.iter().map(PageRun::range).collect();
+            assert_eq!(pages(&found.written), pages(&all), "{mapping:?}");
+        }
+        assert!(scanner.scan_all(&droppable, &|| true).is_err());
+    }
 }
 
 #[test]
