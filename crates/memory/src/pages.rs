@@ -228,19 +228,25 @@ impl PageScanner {
         Ok(all)
     }
 
-    /// Appends the private pages of `range`, whatever is mapped there, that were written to since they
-    /// were last write-protected. All pages count as written to in memory that is not registered
-    /// with a userfaultfd in asynchronous write-protect mode, and all there are in a kernel that has
-    /// none (6.7).
+    /// Appends the pages that are there in `range`, whatever is mapped, and were written to since they
+    /// were last write-protected. All count as written to in memory that is not registered with a
+    /// userfaultfd in asynchronous write-protect mode, and in a kernel that has none (6.7).
     ///
     /// # Errors
     /// As for [`PageScanner::scan`].
     pub fn find_written(&mut self, range: Range<u64>, out: &mut Vec<Range<u64>>) -> io::Result<()> {
-        self.look(range, |region| {
-            if region.categories & PAGE_IS_WRITTEN != 0 {
-                out.push(region.start..region.end);
-            }
-        })
+        let found = |region: &PageRegion| out.push(region.start..region.end);
+        if self.method == Method::Pagemap {
+            return self.look(range, found);
+        }
+        // Whether pages are private is not asked: the kernel would have to look at each.
+        let query = PmScanArg {
+            category_mask: PAGE_IS_WRITTEN,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            return_mask: PAGE_IS_WRITTEN,
+            ..PmScanArg::default()
+        };
+        self.scan_with(range, query, found)
     }
 
     /// Finds the private pages of a range, whatever is mapped there: which are written to, and
