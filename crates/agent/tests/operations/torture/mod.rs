@@ -27,6 +27,10 @@ use crate::harness::{Bench, Target, pages_of};
 /// Tries of a dedup operation until something that comes and goes was not in its way.
 const TRIES: usize = 200;
 
+/// Base snapshots are made until they take so many bytes: nobody removes them, and however many
+/// cycles there are, the page store is to have room for images too.
+const BASES: u64 = 96 << 20;
+
 /// A number from the environment.
 pub(crate) fn setting(name: &str) -> Option<u64> {
     let value = std::env::var(name).ok()?;
@@ -119,7 +123,9 @@ fn run(
         let cycles = cycles();
         for cycle in 0..cycles {
             torture.random.pause(Duration::from_millis(8));
-            let new_base = cycle == 0 || torture.random.below(8) == 0;
+            let wanted = torture.random.below(8) == 0;
+            let has_room = bench.store.usage().snapshots < BASES;
+            let new_base = cycle == 0 || wanted && has_room;
             let done = torture.dedup(new_base);
             torture.restore(done);
             (torture.ask)(&mut torture.target);
