@@ -65,9 +65,9 @@ const PAGE_IS_GUARD: u64 = 1 << 8;
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
 /// Regions a scan call returns at most.
 const REGIONS: usize = 512;
-/// Mappings with less than so many bytes between them are looked at in one call, which takes the
-/// kernel several microseconds whatever there is.
-const GAP: u64 = 32 << 20;
+/// Memory with less than so many bytes between it is better looked at in one call, which takes the
+/// kernel several microseconds whatever there is; what lies between may hold pages too.
+pub const GAP: u64 = 32 << 20;
 
 /// `struct page_region` of linux/fs.h.
 #[repr(C)]

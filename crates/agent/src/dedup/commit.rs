@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use medes_memory::pages::{PageRun, PageScanner};
+use medes_memory::pages::{GAP, PageRun, PageScanner};
 use medes_memory::ranges::{overlap, slices, without};
 use medes_memory::session::{EvictError, Eviction, Freezer, Replacement, Session};
 use medes_memory::tracee::SeizeOptions;
@@ -33,9 +33,6 @@ const REPLACE_NS: u64 = 22_000;
 /// Pages that are there in the memory that is looked at in one piece for writes: it takes the kernel
 /// 0.1 ms.
 const LOOKED: u64 = 4096;
-
-/// Memory with more bytes between it is looked at in two pieces.
-const GAP: u64 = 32 << 20;
 
 /// What is registered of a plan's processes.
 pub(super) struct Registered {
