@@ -8,6 +8,9 @@ use medes_memory::session::on_tracer_thread;
 #[test]
 fn paging_out_changes_no_content() {
     let mut target = Target::spawn("idle");
+    // It has its first answer behind it then, and waits.
+    target.ask("hello");
+    wait_until_asleep(target.pid);
     let pages = own_pages(target.pid).unwrap();
     let runs: Vec<_> = pages
         .iter()
@@ -24,6 +27,14 @@ fn paging_out_changes_no_content() {
     assert!(content_of(target.pid, &runs) == before);
     assert_eq!(target.ask("hello"), "ok");
     assert!(page_out(i32::MAX, &pages).is_err());
+}
+
+/// Waits until a process does nothing.
+fn wait_until_asleep(pid: i32) {
+    let status = || std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    while !status().contains("State:\tS") {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
 }
 
 #[test]
