@@ -395,8 +395,15 @@ static void round_mremap(void) {
 static struct arena holey;
 static char *is_mapped;
 
+/* Where the kernel, which looks from the top, puts nothing of its own accord: what it finds unmapped
+ * in between would be mapped over. */
+static char *const low = (char *)0x100000000000;
+
 static void set_up_munmap(void) {
-    holey = arena_at(map(256, PROT_READ | PROT_WRITE, 0), 256, 256);
+    char *at = mmap(low, 256 * PAGE, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+    MUST(at == low);
+    holey = arena_at(at, 256, 256);
     is_mapped = malloc(256);
     memset(is_mapped, 1, 256);
     fill(&holey);
