@@ -7,7 +7,9 @@
 //! With [`EVENT_REMOVE`](crate::userfault::UserFaultFeatures::EVENT_REMOVE) the kernel reports
 //! each dropped range and waits until the report is read, so reports are read while the
 //! injected call runs. A range costs about 10 us then: pass whole ranges (holes that are not
-//! populated cost nothing), not runs of pages.
+//! populated cost nothing), not runs of pages. Unregistering them for as long would save that, but
+//! whoever else reaches the memory meanwhile (process_vm_readv(2), khugepaged) would fill it with
+//! zeros, which stay.
 
 use std::ops::Range;
 
