@@ -7,7 +7,7 @@ use medes_memory::PAGE_SIZE;
 use medes_memory::mappings::{Mapping, Mappings};
 use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_mapping_obstacles, find_obstacles};
 use medes_memory::pages::{PageClass, PageRun, PageScanner, PrivatePages};
-use medes_memory::ranges::{overlap, without};
+use medes_memory::ranges::{near, overlap, within, without};
 use medes_memory::reader::read_pages;
 
 use crate::view::SpaceView;
@@ -39,13 +39,16 @@ pub struct MappingPlan {
     pub kind: MappingKind,
     /// Whether it is the `brk` heap.
     pub heap: bool,
-    /// The private pages that are there, by address.
+    /// The private pages that are there and may go, by address.
     pub there: Vec<Range<u64>>,
+    /// The private pages that are there and stay, by address: no image has them.
+    pub residents: Vec<Range<u64>>,
     /// Runs of pages that are read and encoded, by address.
     pub runs: Vec<PageRun>,
     /// The rest of what is kept in the image: pages that are as an earlier image has them.
     pub reused: Vec<Reused>,
-    /// Everything that the earlier image has of it, also what was written to since.
+    /// Everything that the earlier image has of it, also what was written to since; nothing that
+    /// stays.
     pub known: Vec<Reused>,
 }
 
@@ -57,6 +60,18 @@ pub struct Reused {
     pub range: Range<u64>,
     /// The address of the first of them in the earlier image.
     pub origin: u64,
+}
+
+impl Reused {
+    /// What is left without `holes`, which are in order.
+    fn without(&self, holes: &[Range<u64>]) -> Vec<Self> {
+        let Self { range, origin } = self;
+        let part = |part: Range<u64>| {
+            let origin = origin + (part.start - range.start);
+            Self { range: part, origin }
+        };
+        without(range.clone(), near(holes, range)).into_iter().map(part).collect()
+    }
 }
 
 /// How a mapping's pages go and come back.
@@ -131,13 +146,15 @@ impl Plan {
 
     /// Looks at the memory of frozen processes. Nothing is changed. `spaces` says, of processes that were
     /// restored from an image and have been watched since, what of it is still theirs: one for
-    /// each, by process id. `stop` is asked again and again whether to give up.
+    /// each, by process id. `residents` says, for each process, what of it shall stay if it is there, in
+    /// order. `stop` is asked again and again whether to give up.
     ///
     /// # Errors
     /// [`PlanError`]: the first thing that stands in the way.
     pub fn of(
         pids: &[i32],
         spaces: Option<&[SpaceView]>,
+        residents: &[Vec<Range<u64>>],
         stop: Stop<'_>,
     ) -> Result<Self, PlanError> {
         let mut pids = pids.to_vec();
@@ -146,8 +163,9 @@ impl Plan {
             return Err(PlanError::OtherProcesses);
         }
         let space = |n: usize| spaces.and_then(|spaces| spaces.get(n));
-        let processes =
-            pids.iter().enumerate().map(|(n, pid)| ProcessPlan::of(*pid, space(n), stop));
+        let stay = |n: usize| residents.get(n).map_or(&[][..], Vec::as_slice);
+        let process = |(n, pid): (usize, &i32)| ProcessPlan::of(*pid, space(n), stay(n), stop);
+        let processes = pids.iter().enumerate().map(process);
         let processes = processes.collect::<Result<Vec<_>, _>>()?;
         if processes.is_empty() { Err(PlanError::Nothing) } else { Ok(Self { processes }) }
     }
@@ -159,12 +177,24 @@ impl Plan {
         mappings.flat_map(|m| &m.runs).map(|r| u64::from(r.pages)).sum()
     }
 
-    /// For each process, what was written to where an earlier image is known.
+    /// For each process, what was written to of what an earlier image has.
     #[must_use]
     pub fn written(&self) -> Vec<Vec<Range<u64>>> {
+        let of_mapping = |mapping: &MappingPlan| -> Vec<Range<u64>> {
+            let known: Vec<_> = mapping.known.iter().map(|known| known.range.clone()).collect();
+            mapping.runs.iter().flat_map(|run| within(&run.range(), &known)).collect()
+        };
         let of_process = |process: &ProcessPlan| {
-            let known = process.mappings.iter().filter(|m| !m.known.is_empty());
-            known.flat_map(|m| m.runs.iter().map(PageRun::range)).collect()
+            process.mappings.iter().filter(|m| !m.known.is_empty()).flat_map(of_mapping).collect()
+        };
+        self.processes.iter().map(of_process).collect()
+    }
+
+    /// For each process, what stays.
+    #[must_use]
+    pub fn residents(&self) -> Vec<Vec<Range<u64>>> {
+        let of_process = |process: &ProcessPlan| {
+            process.mappings.iter().flat_map(|mapping| mapping.residents.iter().cloned()).collect()
         };
         self.processes.iter().map(of_process).collect()
     }
@@ -178,13 +208,18 @@ impl Plan {
 }
 
 impl ProcessPlan {
-    fn of(pid: i32, space: Option<&SpaceView>, stop: Stop<'_>) -> Result<Self, PlanError> {
+    fn of(
+        pid: i32,
+        space: Option<&SpaceView>,
+        residents: &[Range<u64>],
+        stop: Stop<'_>,
+    ) -> Result<Self, PlanError> {
         let look = |source| PlanError::Look { pid, source };
         // The flags take as long as all the rest.
         let (flagged, scanned) = std::thread::scope(|scope| {
             let flagged = std::thread::Builder::new()
                 .spawn_scoped(scope, || Mappings::read_with_flags(pid, stop));
-            let scanned = scan(pid, space, stop);
+            let scanned = scan(pid, space, residents, stop);
             let flagged = flagged.and_then(|thread| {
                 thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             });
@@ -193,7 +228,7 @@ impl ProcessPlan {
         let (scanned, flagged) = (scanned?, flagged.map_err(look)?);
         let mut flagged = flagged.iter();
         let mut mappings = Vec::with_capacity(scanned.len());
-        for Scanned { range, there, mut runs, reused, known } in scanned {
+        for Scanned { range, there, residents, mut runs, reused, known } in scanned {
             // Both are in order, and a frozen process maps nothing.
             let mapping = flagged.find(|mapping| mapping.range() == range);
             let mapping = mapping.ok_or_else(|| look(io::ErrorKind::NotFound.into()))?;
@@ -212,7 +247,17 @@ impl ProcessPlan {
             }
             let Range { start, end } = range;
             let heap = mapping.kind == medes_memory::mappings::MappingKind::Heap;
-            mappings.push(MappingPlan { start, end, kind, heap, there, runs, reused, known });
+            mappings.push(MappingPlan {
+                start,
+                end,
+                kind,
+                heap,
+                there,
+                residents,
+                runs,
+                reused,
+                known,
+            });
         }
         Ok(Self { pid, mappings })
     }
@@ -222,6 +267,7 @@ impl ProcessPlan {
 struct Scanned {
     range: Range<u64>,
     there: Vec<Range<u64>>,
+    residents: Vec<Range<u64>>,
     runs: Vec<PageRun>,
     reused: Vec<Reused>,
     known: Vec<Reused>,
@@ -229,7 +275,12 @@ struct Scanned {
 
 /// Looks at the pages of all mappings that may be droppable, in order; those that have none are
 /// left out.
-fn scan(pid: i32, space: Option<&SpaceView>, stop: Stop<'_>) -> Result<Vec<Scanned>, PlanError> {
+fn scan(
+    pid: i32,
+    space: Option<&SpaceView>,
+    residents: &[Range<u64>],
+    stop: Stop<'_>,
+) -> Result<Vec<Scanned>, PlanError> {
     let look = |source| PlanError::Look { pid, source };
     let all = Mappings::read(pid).map_err(look)?;
     if let Some(first) = find_mapping_obstacles(pid, &all).into_iter().next() {
@@ -240,20 +291,29 @@ fn scan(pid: i32, space: Option<&SpaceView>, stop: Stop<'_>) -> Result<Vec<Scann
     let mut scanned = Vec::new();
     for (mapping, PrivatePages { mut runs, written }) in droppable.iter().zip(pages.map_err(look)?)
     {
-        let known = match space {
+        let mut known = match space {
             Some(space) if mapping.is_anonymous() => space.of_image(&mapping.range()),
             _ => Vec::new(),
         };
+        let residents = match mapping.is_anonymous() {
+            true => runs.iter().flat_map(|run| within(&run.range(), residents)).collect(),
+            false => Vec::new(),
+        };
+        if !residents.is_empty() {
+            runs = runs.iter().flat_map(|run| cut(run, &residents)).collect();
+            known = known.iter().flat_map(|known| known.without(&residents)).collect();
+        }
         let there = runs.iter().map(PageRun::range).collect();
         // What was read but never written reads as zeros again all by itself, unless the image
         // would put something else there.
         let is_known = |run: &PageRun| known.iter().any(|k| overlap(&k.range, &run.range()));
         runs.retain(|run| run.class != PageClass::ZeroPage || is_known(run));
-        if runs.is_empty() && known.is_empty() {
+        if runs.is_empty() && known.is_empty() && residents.is_empty() {
             continue;
         }
         let reused = split_unwritten(&known, &written, &mut runs);
-        scanned.push(Scanned { range: mapping.range(), there, runs, reused, known });
+        let range = mapping.range();
+        scanned.push(Scanned { range, there, residents, runs, reused, known });
     }
     Ok(scanned)
 }
@@ -273,20 +333,15 @@ fn split_unwritten(
     *runs = runs.iter().flat_map(|run| cut(run, &unwritten)).collect();
     let present: Vec<_> = runs.iter().map(PageRun::range).collect();
     let mut reused = Vec::new();
-    for Reused { range, origin } in known {
-        for part in without(range.clone(), &present) {
-            let origin = origin + (part.start - range.start);
-            reused.push(Reused { range: part, origin });
-        }
+    for known in known {
+        reused.extend(known.without(&present));
     }
     reused
 }
 
 /// A run without the pages of `holes`, which are in order.
 fn cut(run: &PageRun, holes: &[Range<u64>]) -> Vec<PageRun> {
-    let first = holes.partition_point(|hole| hole.end <= run.start);
-    let last = holes.partition_point(|hole| hole.start < run.end());
-    without(run.range(), &holes[first..last.max(first)])
+    without(run.range(), near(holes, &run.range()))
         .into_iter()
         .map(|part| PageRun {
             start: part.start,

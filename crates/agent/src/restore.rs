@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use medes_memory::ranges::{near, without};
 use medes_memory::userfault::{Event, FaultKind, FillError, Filled, UserFault, UserFaultFeatures};
 use medes_pages::PAGE_SIZE;
 use medes_store::{Extent, View};
@@ -73,7 +74,7 @@ pub struct HeldImage {
     /// The image, as long as it is open: much larger than it is in the page store.
     open: Option<Box<ImageIndex>>,
     userfaults: Vec<OwnedFd>,
-    /// For each process what the image has, but is where it was.
+    /// For each process what lacks nothing.
     left: Vec<Vec<Range<u64>>>,
 }
 
@@ -98,10 +99,20 @@ impl HeldImage {
         self.open = None;
     }
 
-    /// Notes what was not dropped after all, for each process: it lacks nothing, and nothing of it
-    /// comes from the image from here on.
+    /// Notes what stays or was not dropped after all, for each process: it lacks nothing, and nothing
+    /// of it comes from the image from here on.
     pub fn leave(&mut self, ranges: Vec<Vec<Range<u64>>>) {
-        self.left = ranges;
+        self.left.resize_with(self.left.len().max(ranges.len()), Vec::new);
+        for (left, more) in self.left.iter_mut().zip(ranges) {
+            left.extend(more);
+            left.sort_unstable_by_key(|range| range.start);
+        }
+    }
+
+    /// What [`HeldImage::leave`] was told, for each process and in order.
+    #[must_use]
+    pub fn left(&self) -> &[Vec<Range<u64>>] {
+        &self.left
     }
 
     /// Where the image lies.
@@ -140,15 +151,20 @@ impl HeldImage {
             let registered: Vec<Range<u64>> =
                 table.registered.iter().map(|(start, length)| *start..start + length).collect();
             let mut view = AddressView::new(&registered);
-            if let Some(left) = self.left.get(process) {
-                view.forget_all(left);
-            }
+            let left = self.left.get(process).map_or(&[][..], Vec::as_slice);
+            view.forget_all(left);
             let features = match index.table().tracks_writes {
                 true => UserFaultFeatures::EVENTS.union(UserFaultFeatures::TRACK_WRITES),
                 false => UserFaultFeatures::EVENTS,
             };
             let mut userfault = UserFault::from_parts(userfault, features, registered, None);
-            for hole in index.holes(process, HOLE_PAGES * PAGE) {
+            let holes = index.holes(process, HOLE_PAGES * PAGE);
+            let mut holes: Vec<_> = holes
+                .into_iter()
+                .flat_map(|hole| without(hole.clone(), near(left, &hole)))
+                .collect();
+            holes.retain(|hole| hole.end - hole.start >= HOLE_PAGES * PAGE);
+            for hole in holes {
                 // If it can't be split off, its faults come to us, as those of all others do.
                 if userfault.unregister(hole.clone()).is_ok() {
                     view.forget(hole);

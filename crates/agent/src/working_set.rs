@@ -7,16 +7,25 @@
 //! needed is found out by leaving it out: a small share each time, another one each time, and what
 //! requests used to write to and were seen not to. What nobody touches then is forgotten. So the
 //! set follows a function that changes, in both directions.
+//!
+//! A set that takes too long to put back is not put back whole: the rest of it stays where it is when
+//! a sandbox is deduplicated ([`WorkingSet::residents`]), the pages that requests write to before
+//! others. Those would need a patch each time, and time to decode it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
+use std::time::Duration;
 
 use medes_pages::PAGE_SIZE;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// One page in so many is left out at each restore: a few, for each costs the request a fault.
+/// One page in so many is left out at each restore, of a large set one in as many more as it takes for
+/// a few: each costs the request a fault.
 const SHARE: u64 = 256;
+
+/// Of a large set about so many are left out.
+const LEFT_OUT: u64 = 10;
 
 /// Of the pages that requests write to, whether they still do is looked at for one in so many at each
 /// restore: it costs each of them a fault, if a short one.
@@ -28,22 +37,46 @@ const WATCHED_TOGETHER: u64 = 16;
 /// A page that was seen not to be written to so often in a row is left out.
 const UNWRITTEN: u8 = 2;
 
+/// The share of the target that putting pages back may take if the rest stays. It leaves time for what
+/// else there is to do, and is not reached again by every change.
+const AIM: f64 = 0.6;
+
+/// Fewer pages say nothing of what one takes.
+const FEW: u64 = 64;
+
+/// What counts of a page that took less than known, and of one that took more: a busy host makes pages
+/// slow, nothing makes them fast.
+const FASTER: f64 = 0.5;
+const SLOWER: f64 = 0.0625;
+
 /// The working set of one function (or of one sandbox, if its addresses are its own).
 #[derive(Clone, Debug, Default)]
 pub struct WorkingSet {
     /// Per process of the image: pages by address.
     processes: Vec<BTreeMap<u64, Member>>,
-    restores: u64,
+    trials: u64,
+    /// What putting a page back takes, microseconds, once that was seen.
+    page_us: Option<f64>,
+}
+
+/// A dedup of a sandbox and the restore after it, in which some pages are left out to see whether they
+/// are needed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Trial {
+    /// Counted from 1; 0 is none.
+    number: u64,
+    /// One page in so many is left out, a power of two.
+    share: u64,
 }
 
 /// What is known of a page of the working set.
 #[derive(Clone, Copy, Debug, Default)]
 struct Member {
-    /// The last restore that it was left out of.
+    /// The last trial that it was left out in.
     left_out: u64,
     /// Whether requests write to it.
     written: bool,
-    /// If they do: the last restore at which it was watched whether they still do.
+    /// If they do: the last trial in which it was watched whether they still do.
     watched: u64,
     /// How often in a row it was seen that they did not.
     unwritten: u8,
@@ -63,8 +96,19 @@ pub struct PrefetchRange {
 pub struct Prefetch {
     /// Ranges of addresses per process, in order.
     pub ranges: Vec<Vec<PrefetchRange>>,
-    /// The restore's number, from 1; 0 if it is none of a working set.
-    restore: u64,
+    /// What is there already, per process and in order.
+    residents: Vec<Vec<Range<u64>>>,
+    /// The trial's number; 0 if there is none.
+    trial: u64,
+}
+
+/// What stays of a sandbox that is deduplicated.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Residents {
+    /// Ranges of addresses per process, in order.
+    pub ranges: Vec<Vec<Range<u64>>>,
+    /// The trial that the restore belongs to: what is left out of it is not among them.
+    pub trial: Trial,
 }
 
 impl Prefetch {
@@ -78,23 +122,97 @@ impl Prefetch {
 }
 
 impl WorkingSet {
-    /// What to put back at the next restore.
-    pub fn prefetch(&mut self) -> Prefetch {
-        self.restores += 1;
-        let restore = self.restores;
-        let of_process = |pages: &mut BTreeMap<u64, Member>| {
-            for (page, member) in &mut *pages {
-                if share(page / PAGE, SHARE) == restore % SHARE || member.unwritten >= UNWRITTEN {
-                    member.left_out = restore;
-                }
-                let together = page / PAGE / WATCHED_TOGETHER;
-                if member.written && share(together, WATCHED) == restore % WATCHED {
-                    member.watched = restore;
+    /// What had better stay of a sandbox that is deduplicated now, `most` pages of it at most, for a
+    /// restore to put the rest back within `target`. Nothing if it does so as it is.
+    pub fn residents(&mut self, target: Duration, most: u64) -> Residents {
+        let trial = self.trial();
+        let target_us = target.as_secs_f64() * 1e6;
+        let page_us = self.page_us.unwrap_or_default();
+        let pages = self.pages();
+        let mut stay = 0;
+        if page_us * pages as f64 > target_us {
+            stay = pages.saturating_sub((target_us * AIM / page_us) as u64).min(most);
+        }
+        let mut chosen: Vec<Vec<u64>> = vec![Vec::new(); self.processes.len()];
+        for written in [true, false] {
+            for (pages, chosen) in self.processes.iter().zip(&mut chosen) {
+                let fit = pages.iter().filter(|(page, member)| {
+                    member.written == written && !member.is_left_out(**page, trial)
+                });
+                let before = chosen.len();
+                chosen.extend(fit.map(|(page, _)| *page).take(stay as usize));
+                stay -= (chosen.len() - before) as u64;
+            }
+        }
+        let of_process = |mut pages: Vec<u64>| {
+            pages.sort_unstable();
+            let mut ranges: Vec<Range<u64>> = Vec::new();
+            for page in pages {
+                match ranges.last_mut() {
+                    Some(last) if last.end == page => last.end += PAGE,
+                    _ => ranges.push(page..page + PAGE),
                 }
             }
-            joined(pages, restore)
+            ranges
         };
-        Prefetch { ranges: self.processes.iter_mut().map(of_process).collect(), restore }
+        Residents { ranges: chosen.into_iter().map(of_process).collect(), trial }
+    }
+
+    /// The next trial.
+    pub fn trial(&mut self) -> Trial {
+        self.trials += 1;
+        let share = (self.pages() / LEFT_OUT).next_power_of_two().max(SHARE);
+        Trial { number: self.trials, share }
+    }
+
+    /// What to put back at a restore, beside `residents`, which are there, per process and in order.
+    /// Without a trial nothing is left out.
+    pub fn prefetch(&mut self, trial: Option<Trial>, residents: &[Vec<Range<u64>>]) -> Prefetch {
+        let of_process = |(n, pages): (usize, &mut BTreeMap<u64, Member>)| {
+            let mut there = Sweep::over(residents.get(n).map_or(&[], Vec::as_slice));
+            let mut ranges: Vec<PrefetchRange> = Vec::new();
+            for (&page, member) in &mut *pages {
+                if there.includes(page) {
+                    continue;
+                }
+                let mut written = member.written;
+                if let Some(trial) = trial {
+                    if member.is_left_out(page, trial) {
+                        member.left_out = trial.number;
+                        continue;
+                    }
+                    if written && is_watched(page, trial) {
+                        member.watched = trial.number;
+                        written = false;
+                    }
+                }
+                match ranges.last_mut() {
+                    Some(last) if last.range.end == page && last.written == written => {
+                        last.range.end += PAGE;
+                    }
+                    _ => ranges.push(PrefetchRange { range: page..page + PAGE, written }),
+                }
+            }
+            ranges
+        };
+        Prefetch {
+            ranges: self.processes.iter_mut().enumerate().map(of_process).collect(),
+            residents: residents.to_vec(),
+            trial: trial.unwrap_or_default().number,
+        }
+    }
+
+    /// Putting `prefetch` back took so long.
+    pub fn took(&mut self, prefetch: &Prefetch, time: Duration) {
+        let ranges = prefetch.ranges.iter().flatten();
+        let pages: u64 = ranges.map(|r| (r.range.end - r.range.start) / PAGE).sum();
+        if pages < FEW {
+            return;
+        }
+        let seen = time.as_secs_f64() * 1e6 / pages as f64;
+        let known = self.page_us.unwrap_or(seen);
+        let weight = if seen < known { FASTER } else { SLOWER };
+        self.page_us = Some(known + (seen - known) * weight);
     }
 
     /// Pages of a process that a thread had to wait for.
@@ -111,15 +229,18 @@ impl WorkingSet {
     }
 
     /// All pages of a process that were written to from a restore until it was deduplicated again,
-    /// in order; those among them that `prefetch` did not watch may have been put back only.
+    /// in order; those among them that `prefetch` did not watch may have been put back only. Of what
+    /// had stayed nothing is said.
     pub fn written(&mut self, process: usize, prefetch: &Prefetch, ranges: &[Range<u64>]) {
         let Some(pages) = self.processes.get_mut(process) else { return };
-        let mut ranges = ranges.iter().peekable();
+        let mut residents = Sweep::over(prefetch.residents.get(process).map_or(&[], Vec::as_slice));
+        let mut ranges = Sweep::over(ranges);
         for (page, member) in pages {
-            while ranges.next_if(|range| range.end <= *page).is_some() {}
-            let is_written = ranges.peek().is_some_and(|range| range.start <= *page);
-            match (is_written, member.written) {
-                (true, true) if member.watched != prefetch.restore => {}
+            if residents.includes(*page) {
+                continue;
+            }
+            match (ranges.includes(*page), member.written) {
+                (true, true) if member.watched != prefetch.trial => {}
                 (true, _) => (member.written, member.unwritten) = (true, 0),
                 (false, true) => member.unwritten = member.unwritten.saturating_add(1),
                 (false, false) => {}
@@ -134,7 +255,7 @@ impl WorkingSet {
             let of_process = touched.get(process).map_or(&[][..], Vec::as_slice);
             let of_process: HashSet<u64> = of_process.iter().map(|a| a & !(PAGE - 1)).collect();
             pages.retain(|page, member| {
-                let left_out = member.left_out == prefetch.restore && prefetch.restore > 0;
+                let left_out = member.left_out == prefetch.trial && prefetch.trial > 0;
                 !left_out || of_process.contains(page)
             });
         }
@@ -147,19 +268,35 @@ impl WorkingSet {
     }
 }
 
-/// Pages, in order, as ranges of addresses, but those that are left out of a restore.
-fn joined(pages: &BTreeMap<u64, Member>, restore: u64) -> Vec<PrefetchRange> {
-    let mut ranges: Vec<PrefetchRange> = Vec::new();
-    for (page, member) in pages.iter().filter(|(_, member)| member.left_out != restore) {
-        let written = member.written && member.watched != restore;
-        match ranges.last_mut() {
-            Some(last) if last.range.end == *page && last.written == written => {
-                last.range.end += PAGE;
-            }
-            _ => ranges.push(PrefetchRange { range: *page..page + PAGE, written }),
-        }
+impl Member {
+    /// Whether it is left out in a trial.
+    fn is_left_out(&self, page: u64, trial: Trial) -> bool {
+        let is_due = share(page / PAGE, trial.share) == trial.number % trial.share;
+        is_due || self.unwritten >= UNWRITTEN
     }
-    ranges
+}
+
+/// Ranges, in order, that addresses are looked for in, in order as well.
+struct Sweep<'r>(&'r [Range<u64>]);
+
+impl<'r> Sweep<'r> {
+    fn over(ranges: &'r [Range<u64>]) -> Self {
+        Self(ranges)
+    }
+
+    fn includes(&mut self, address: u64) -> bool {
+        while let [first, rest @ ..] = self.0
+            && first.end <= address
+        {
+            self.0 = rest;
+        }
+        self.0.first().is_some_and(|first| first.start <= address)
+    }
+}
+
+/// Whether a page that requests write to is watched in a trial.
+fn is_watched(page: u64, trial: Trial) -> bool {
+    share(page / PAGE / WATCHED_TOGETHER, WATCHED) == trial.number % WATCHED
 }
 
 /// Which of `shares`, a power of two, something is in. Spread by multiplication, so that a stretch of
@@ -170,12 +307,15 @@ fn share(of: u64, shares: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use medes_memory::ranges::near;
+
     use super::*;
 
     /// One restore and a request that touches and writes to pages. Returns what had to be waited
     /// for.
     fn restore(set: &mut WorkingSet, needs: &[u64], writes: &[Range<u64>]) -> usize {
-        let prefetch = set.prefetch();
+        let trial = set.trial();
+        let prefetch = set.prefetch(Some(trial), &[]);
         let ranges = prefetch.ranges.first().map_or(&[][..], Vec::as_slice);
         let there = |address: u64| ranges.iter().any(|r| r.range.contains(&address));
         let faults: Vec<u64> = needs.iter().copied().filter(|a| !there(*a)).collect();
@@ -207,7 +347,7 @@ mod tests {
         }
         assert_eq!(set.pages(), 1000);
         let second: Vec<u64> = (500..1500).map(|n| 0x10_0000 + n * PAGE).collect();
-        for _ in 0..=SHARE {
+        for _ in 0..=3 * SHARE {
             restore(&mut set, &second, &[]);
         }
         assert_eq!(set.pages(), 1000, "what is no longer touched is forgotten");
@@ -221,7 +361,8 @@ mod tests {
         restore(&mut set, &addresses, std::slice::from_ref(&written));
         set.written(3, &Prefetch::default(), std::slice::from_ref(&written));
         let told = |set: &mut WorkingSet| -> usize {
-            let ranges = set.prefetch().ranges.swap_remove(0);
+            let trial = set.trial();
+            let ranges = set.prefetch(Some(trial), &[]).ranges.swap_remove(0);
             let told = ranges.into_iter().filter(|range| range.written).map(|r| r.range);
             told.inspect(|r| assert!(written.start <= r.start && r.end <= written.end))
                 .map(|r| pages(r).count())
@@ -254,12 +395,80 @@ mod tests {
         assert!(faults < 16, "and not again: {faults} faults");
     }
 
+    /// A set of 1,000 pages of which every other one is written to, and putting one back takes 2 us.
+    fn large() -> WorkingSet {
+        let mut set = WorkingSet::default();
+        let needs: Vec<u64> = pages(0x40_0000..0x40_0000 + 1000 * PAGE).collect();
+        let writes = needs.iter().step_by(2).map(|page| *page..page + PAGE);
+        restore(&mut set, &needs, &writes.collect::<Vec<_>>());
+        let prefetch = set.prefetch(None, &[]);
+        set.took(&prefetch, Duration::from_millis(2));
+        set
+    }
+
+    #[test]
+    fn what_takes_too_long_to_put_back_stays() {
+        let mut set = large();
+        let most = u64::MAX;
+        assert_eq!(set.residents(Duration::from_millis(2), most).ranges, [[]], "it does not");
+        let residents = set.residents(Duration::from_millis(1), most);
+        let count = |ranges: &[Range<u64>]| ranges.iter().cloned().flat_map(pages).count();
+        assert_eq!(count(&residents.ranges[0]), 700, "the rest takes three fifths of the time");
+        let is_written = |page: &u64| (page / PAGE).is_multiple_of(2);
+        let stay: Vec<u64> = residents.ranges[0].iter().cloned().flat_map(pages).collect();
+        // Some are left out, to see whether they are needed.
+        assert!(stay.iter().copied().filter(is_written).count() > 490);
+        let few = set.residents(Duration::from_millis(1), 100).ranges;
+        assert!(few[0].iter().all(|range| is_written(&range.start)) && count(&few[0]) == 100);
+        // A host that is slow for a moment changes little, one that is fast much.
+        let prefetch = set.prefetch(None, &[]);
+        set.took(&prefetch, Duration::from_millis(4));
+        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 740);
+        set.took(&prefetch, Duration::from_micros(100));
+        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 520);
+    }
+
+    #[test]
+    fn what_stays_is_neither_put_back_nor_judged() {
+        let mut set = large();
+        for _ in 0..3 * SHARE {
+            let residents = set.residents(Duration::from_millis(1), u64::MAX);
+            let prefetch = set.prefetch(Some(residents.trial), &residents.ranges);
+            let of_both =
+                |range: &PrefetchRange| !near(&residents.ranges[0], &range.range).is_empty();
+            assert!(!prefetch.ranges[0].iter().any(of_both));
+            // What is neither there nor put back is waited for.
+            let mut needed: Vec<u64> = pages(0x40_0000..0x40_0000 + 1000 * PAGE).collect();
+            let back = prefetch.ranges[0].iter().map(|range| &range.range);
+            let there: HashSet<u64> =
+                back.chain(&residents.ranges[0]).cloned().flat_map(pages).collect();
+            needed.retain(|page| !there.contains(page));
+            assert!(needed.len() < 20, "{}", needed.len());
+            set.touched(0, &needed);
+            set.conclude(&prefetch, &[needed]);
+            // Nothing is said of writes to what stays.
+            let written = prefetch.ranges[0].iter().map(|range| range.range.clone());
+            set.written(0, &prefetch, &written.collect::<Vec<_>>());
+        }
+        assert_eq!(set.pages(), 1000);
+    }
+
+    #[test]
+    fn of_a_large_set_few_pages_are_left_out() {
+        let mut set = WorkingSet::default();
+        let needs: Vec<u64> = pages(0x40_0000..0x40_0000 + 6000 * PAGE).collect();
+        restore(&mut set, &needs, &[]);
+        let waited: usize = (0..100).map(|_| restore(&mut set, &needs, &[])).sum();
+        assert!((1..=1000).contains(&waited), "{waited} in a hundred restores");
+    }
+
     #[test]
     fn neighbouring_pages_are_one_range() {
         let mut set = WorkingSet::default();
         let addresses: Vec<u64> = (0..64).map(|n| 0x40_0000 + n * PAGE_SIZE as u64).collect();
         set.touched(1, &addresses);
-        let ranges = set.prefetch().ranges;
+        let trial = set.trial();
+        let ranges = set.prefetch(Some(trial), &[]).ranges;
         assert!(ranges[0].is_empty());
         let covered: u64 = ranges[1].iter().map(|r| r.range.end - r.range.start).sum();
         assert!(covered >= 60 * PAGE && ranges[1].len() <= 5, "{ranges:x?}");

@@ -1,11 +1,11 @@
 //! One attached group, through dedup and back.
 
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use medes_agent::dedup::Holder;
+use medes_agent::dedup::{Handover, Holder};
 use medes_agent::restore::{AddressSpace, HeldImage, RestoreBuffers};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
@@ -136,18 +136,15 @@ pub(crate) struct Holding<'a> {
 }
 
 impl Holder for Holding<'_> {
-    fn hold(
-        &self,
-        image: &ImageHandle,
-        userfaults: &[BorrowedFd<'_>],
-        _: &[Vec<Range<u64>>],
-    ) -> Result<(), String> {
+    fn hold(&self, handover: &Handover<'_>) -> Result<(), String> {
+        let Handover { image, userfaults, residents, .. } = handover;
         let duplicates: std::io::Result<Vec<OwnedFd>> =
             userfaults.iter().map(|fd| fd.as_fd().try_clone_to_owned()).collect();
         let duplicates = duplicates.map_err(|error| error.to_string())?;
         let orders = self.cells.guarded(self.orders).map_err(|error| error.to_string())?;
         let image = HeldImage::open(Arc::clone(self.view), image.extent(), duplicates);
-        let image = image.map_err(|error| error.to_string())?;
+        let mut image = image.map_err(|error| error.to_string())?;
+        image.leave(residents.to_vec());
         *self.held.lock() = Some(Held { image, orders });
         Ok(())
     }

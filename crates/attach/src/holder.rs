@@ -297,6 +297,7 @@ impl Engine {
             registry: &self.registry,
             subject,
             options,
+            residents: &[],
             cancel: &cancel,
         };
         if dry_run {

@@ -117,7 +117,8 @@ impl Bank {
         let options = Options { fingerprints: self.fingerprints, workers: 1, new_base: false };
         let never = Cancel::default();
         let Self { store, registry, .. } = self;
-        let operation = Operation { store, registry, subject, options, cancel: &never };
+        let operation =
+            Operation { store, registry, subject, options, residents: &[], cancel: &never };
         Ok(operation.estimate(pids)?)
     }
 

@@ -7,8 +7,8 @@ use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use medes_core::{FunctionSpec, MemoryUse, NodeId, RequestId, SandboxId};
 use medes_node::{
-    DedupConfig, DedupFailure, DedupReport, Invocation, Node, NodeApi, NodeConfig, NodeEvent,
-    NodeMemory, RestoreReport,
+    DedupConfig, DedupFailure, DedupMode, DedupReport, Invocation, Node, NodeApi, NodeConfig,
+    NodeEvent, NodeMemory, RestoreReport,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -22,6 +22,15 @@ const QUIET: Duration = Duration::from_millis(800);
 
 /// The page store's room: every base snapshot of a run and some more. It is taken only as it fills.
 const STORE: u64 = 8 << 30;
+
+/// How a sandbox becomes a base.
+pub(crate) const BASE: DedupMode = DedupMode { new_base: true, residents: false };
+
+/// How it goes into the dedup state as fast as on a platform with plenty of memory.
+pub(crate) const ROOMY: DedupMode = DedupMode { new_base: false, residents: true };
+
+/// How it does so when memory is short.
+pub(crate) const SHORT: DedupMode = DedupMode { new_base: false, residents: false };
 
 /// How often a dedup operation that something passing stood in the way of is tried.
 const TRIES: u32 = 5;
@@ -135,18 +144,18 @@ impl Testbed {
     ///
     /// # Errors
     /// If it stays warm for good, or is lost.
-    pub fn dedup(&self, sandbox: SandboxId, new_base: bool) -> Result<DedupReport> {
+    pub fn dedup(&self, sandbox: SandboxId, mode: DedupMode) -> Result<DedupReport> {
         for _ in 1..TRIES {
-            match self.try_dedup(sandbox, new_base) {
+            match self.try_dedup(sandbox, mode) {
                 Err(DedupFailure::StaysWarm { lasting: false, .. }) => self.settle(),
                 other => return Ok(other?),
             }
         }
-        Ok(self.try_dedup(sandbox, new_base)?)
+        Ok(self.try_dedup(sandbox, mode)?)
     }
 
-    fn try_dedup(&self, sandbox: SandboxId, new_base: bool) -> Result<DedupReport, DedupFailure> {
-        self.runtime.block_on(self.node().dedup(sandbox, new_base))
+    fn try_dedup(&self, sandbox: SandboxId, mode: DedupMode) -> Result<DedupReport, DedupFailure> {
+        self.runtime.block_on(self.node().dedup(sandbox, mode))
     }
 
     /// Begins to deduplicate a sandbox and takes it back after `after`.
@@ -156,7 +165,7 @@ impl Testbed {
     pub fn cancel_dedup(&self, sandbox: SandboxId, after: Duration) -> Result<TakenBack> {
         let node = self.node();
         self.runtime.block_on(async {
-            let mut operation = std::pin::pin!(node.dedup(sandbox, false));
+            let mut operation = std::pin::pin!(node.dedup(sandbox, ROOMY));
             if let Ok(done) = tokio::time::timeout(after, &mut operation).await {
                 done?;
                 node.restore(sandbox, true).await?;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use medes_controller::PartialRestore;
 use medes_core::Tenant;
@@ -166,6 +167,9 @@ pub struct Dedup {
     pub joined_tenants: Vec<Vec<Tenant>>,
     /// When pages that nobody touches after a restore stay deduplicated.
     pub partial_restore: PartialRestore,
+    /// How long bringing a dedup sandbox back may take before some of its working set stays in
+    /// memory instead; zero: nothing does.
+    pub restore_target: Period,
     /// Threads that one dedup operation uses.
     pub workers: u32,
 }
@@ -178,6 +182,7 @@ impl Default for Dedup {
             base_threshold: 40,
             joined_tenants: Vec::new(),
             partial_restore: PartialRestore::default(),
+            restore_target: Period(Duration::from_millis(2)),
             workers: 1,
         }
     }
@@ -342,6 +347,11 @@ const COMMENTS: &[(&str, &[(&str, &str)])] = &[
                 "partial_restore",
                 "Pages that nobody touches after a restore stay deduplicated: \"pressure\" (while memory \
                  is short), \"always\" or \"never\".",
+            ),
+            (
+                "restore_target",
+                "How long bringing a sandbox back may take. Of a larger working set some pages stay in \
+                 memory, an eighth of the sandbox at most, while there is plenty; \"0\": none.",
             ),
             ("workers", "Threads that one dedup operation uses."),
         ],

@@ -171,6 +171,7 @@ fn node_config(config: &Config) -> anyhow::Result<NodeConfig> {
             cardinality: u8::try_from(config.dedup.cardinality).unwrap_or(u8::MAX),
             chunk_size: u16::try_from(config.dedup.chunk_size).unwrap_or(u16::MAX),
             workers: config.dedup.workers as usize,
+            restore_target: config.dedup.restore_target.0,
             // As long as the dedup sandboxes that would need them.
             base_idle_ms: config.lifecycle.keep_dedup.millis(),
         },

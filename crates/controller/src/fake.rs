@@ -11,8 +11,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use medes_core::{FunctionId, FunctionSpec, InvocationError, MemoryUse, SandboxId};
 use medes_node::{
-    DedupFailure, DedupReport, Invocation, NodeApi, NodeEvent, NodeMemory, Outcome, RestoreFailure,
-    RestoreReport, StartFailure,
+    DedupFailure, DedupMode, DedupReport, Invocation, NodeApi, NodeEvent, NodeMemory, Outcome,
+    RestoreFailure, RestoreReport, StartFailure,
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
@@ -90,6 +90,7 @@ struct State {
     violations: Vec<String>,
     forgotten: Vec<FunctionId>,
     filled: Vec<bool>,
+    residents: Vec<bool>,
     logs: BTreeMap<String, String>,
 }
 
@@ -124,6 +125,11 @@ impl FakeNode {
     #[must_use]
     pub fn filled(&self) -> Vec<bool> {
         self.state.lock().filled.clone()
+    }
+
+    /// Of each dedup, whether some pages were to stay.
+    pub fn residents(&self) -> Vec<bool> {
+        self.state.lock().residents.clone()
     }
 
     /// How many sandboxes there are.
@@ -315,7 +321,13 @@ impl NodeApi for FakeNode {
         outcome
     }
 
-    async fn dedup(&self, sandbox: SandboxId, new_base: bool) -> Result<DedupReport, DedupFailure> {
+    async fn dedup(
+        &self,
+        sandbox: SandboxId,
+        mode: DedupMode,
+    ) -> Result<DedupReport, DedupFailure> {
+        let DedupMode { new_base, residents } = mode;
+        self.state.lock().residents.push(residents);
         let lost = || DedupFailure::Lost("it is gone".into());
         let began = self.enter(sandbox, Phase::Warm, Phase::Deduping { cancelled: false });
         began.ok_or_else(lost)?;

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Changed whenever the messages change: a daemon does not talk to a keeper of another version.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// The longest frame, bytes: a request's payload and its head.
 const MAX_FRAME: u32 = 16 * 1024 * 1024;
@@ -69,6 +69,15 @@ pub enum Command {
         /// The sandbox.
         sandbox: SandboxId,
     },
+    /// Say what had better stay of a sandbox that is to be deduplicated.
+    Residents {
+        /// The sandbox.
+        sandbox: SandboxId,
+        /// How long putting the rest of its working set back may take, microseconds.
+        target_us: u64,
+        /// How many pages may stay.
+        most: u64,
+    },
     /// Look whether an image can be read that is to be held soon.
     Examine {
         /// The sandbox.
@@ -77,16 +86,7 @@ pub enum Command {
         image: Extent,
     },
     /// Take hold of what brings a frozen sandbox's memory back, before that memory is dropped.
-    Hold {
-        /// The sandbox.
-        sandbox: SandboxId,
-        /// Where its image lies in the page store.
-        image: Extent,
-        /// For each process of the image, in order: the daemon's descriptor of the userfaultfd.
-        userfaults: Vec<i32>,
-        /// For each process, what was written to since the restore before, if there was one.
-        written: Vec<Vec<Range<u64>>>,
-    },
+    Hold(Hold),
     /// Let go of it: the memory has not been dropped after all.
     Release {
         /// The sandbox.
@@ -133,6 +133,22 @@ pub enum Command {
     },
     /// Kill all sandboxes and exit.
     Stop,
+}
+
+/// What brings a sandbox's memory back.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Hold {
+    /// The sandbox.
+    pub sandbox: SandboxId,
+    /// Where its image lies in the page store.
+    pub image: Extent,
+    /// For each process of the image, in order: the daemon's descriptor of the userfaultfd.
+    pub userfaults: Vec<i32>,
+    /// For each process, what was written to since the restore before of what that image has, if
+    /// there was one.
+    pub written: Vec<Vec<Range<u64>>>,
+    /// For each process, what stays and is not in the image.
+    pub residents: Vec<Vec<Range<u64>>>,
 }
 
 /// How to make a sandbox.
@@ -253,6 +269,8 @@ pub enum Reply {
         /// What memory has come back since the newest restore, if some is on its way.
         returned: Returned,
     },
+    /// To [`Command::Residents`]: for each process of the sandbox, by process id.
+    Residents(Vec<Vec<Range<u64>>>),
     /// To [`Command::Restore`] and [`Command::TakeBack`].
     Restored(Restored),
     /// To [`Command::Suspend`]: for each process of the image.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use medes_agent::restore::{HeldImage, OpenImage, RestoreBuffers};
 use medes_agent::view::SpaceView;
-use medes_agent::working_set::{Prefetch, WorkingSet};
+use medes_agent::working_set::{Prefetch, Trial, WorkingSet};
 use medes_core::SandboxId;
 use medes_memory::guard::{Order, Orders};
 use medes_runtime::lambda::deadline_ms;
@@ -76,6 +76,8 @@ struct State {
     deadline: Option<tokio::time::Instant>,
     orphan: Option<Orphan>,
     memory: Memory,
+    /// The trial that its dedup and the restore after it belong to.
+    trial: Option<Trial>,
     /// An image that it is to be deduplicated to, found whole.
     examined: Option<OpenImage>,
     ended: Option<Ending>,
@@ -397,6 +399,21 @@ impl Held {
         limited.unwrap_or_else(|_| Err("the sandbox is not waiting for a request".into()))
     }
 
+    /// What had better stay of its memory when it is deduplicated ([`WorkingSet::residents`]).
+    pub(crate) fn residents(
+        &self,
+        caller: &Caller,
+        target: Duration,
+        most: u64,
+    ) -> Result<Vec<Vec<Range<u64>>>, String> {
+        let mut state = self.lock();
+        caller.check()?;
+        let mut sets = lock(&self.common.working_sets);
+        let residents = sets.entry(self.working_set).or_default().residents(target, most);
+        state.trial = Some(residents.trial);
+        Ok(residents.ranges)
+    }
+
     /// Keeps an image at hand that is to be held soon.
     pub(crate) fn examined(&self, caller: &Caller, image: OpenImage) -> Result<(), String> {
         let mut state = self.lock();
@@ -561,7 +578,9 @@ impl Held {
         let start = Instant::now();
         let runs = left.is_some();
         left.into_iter().for_each(|left| image.leave(left));
-        let restored = self.revive(image, runs, fill, buffers, start);
+        let trial = state.trial.take();
+        let prefetch = (!runs).then(|| self.working_set(trial, image.left()));
+        let restored = self.revive(image, prefetch, fill, buffers, start);
         match restored {
             Ok((memory, restored)) => {
                 state.memory = Memory::Returning(memory);
@@ -575,25 +594,32 @@ impl Held {
         }
     }
 
-    /// What to put back beforehand at this restore.
-    fn working_set(&self) -> Prefetch {
-        lock(&self.common.working_sets).entry(self.working_set).or_default().prefetch()
+    /// What to put back at this restore beside `residents`.
+    fn working_set(&self, trial: Option<Trial>, residents: &[Vec<Range<u64>>]) -> Prefetch {
+        let mut sets = lock(&self.common.working_sets);
+        let set = sets.entry(self.working_set).or_default();
+        let trial = trial.unwrap_or_else(|| set.trial());
+        set.prefetch(Some(trial), residents)
     }
 
-    /// Lets the sandbox run with its memory on its way back. If somebody else `runs` it, only what it
-    /// touches comes until [`Held::prefetch`].
+    /// Lets the sandbox run with its memory on its way back. Without `prefetch` somebody else does, and
+    /// only what it touches comes until [`Held::prefetch`].
     fn revive(
         &self,
         image: HeldImage,
-        runs: bool,
+        prefetch: Option<Prefetch>,
         fill: bool,
         buffers: &mut RestoreBuffers,
         start: Instant,
     ) -> Result<(Arc<Returning>, Restored), String> {
-        let prefetch = (!runs).then(|| self.working_set());
+        let runs = prefetch.is_none();
         let nothing = Prefetch::default();
         let revived = image.revive(prefetch.as_ref().unwrap_or(&nothing), buffers);
         let revived = revived.map_err(|e| e.to_string())?;
+        if let Some(prefetch) = &prefetch {
+            let mut sets = lock(&self.common.working_sets);
+            sets.entry(self.working_set).or_default().took(prefetch, start.elapsed());
+        }
         let pages = revived.pages;
         let (id, cgroup) = (self.id, self.running.cgroup().clone());
         let kill = move |why: &str| {
@@ -642,7 +668,12 @@ impl Held {
             Memory::Returning(memory) => Arc::clone(memory),
             _ => return,
         };
-        self.common.service.prefetch(&memory, self.working_set(), buffers);
+        // Much of it may be there still, so that nothing can be learned.
+        let prefetch = {
+            let mut sets = lock(&self.common.working_sets);
+            sets.entry(self.working_set).or_default().prefetch(None, &[])
+        };
+        self.common.service.prefetch(&memory, prefetch, buffers);
     }
 
     /// How memory has come back since the newest restore.

@@ -19,7 +19,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::caller::Caller;
 use crate::protocol::{
-    self, Call, Command, Listed, Message, Reply, Restored, Start, Started, VERSION,
+    self, Call, Command, Hold, Listed, Message, Reply, Restored, Start, Started, VERSION,
 };
 use crate::returning::Service;
 use crate::sandbox::{Common, Held, News, Settings};
@@ -250,9 +250,13 @@ impl Shared {
                 Err(why) => Reply::Refused(why),
             },
             Command::Examine { sandbox, image } => done(self.examine(caller, sandbox, image)),
-            Command::Hold { sandbox, image, userfaults, written } => {
-                done(self.hold(caller, sandbox, image, &userfaults, &written))
+            Command::Residents { sandbox, target_us, most } => {
+                let held = self.find(sandbox);
+                let target = Duration::from_micros(target_us);
+                let residents = held.and_then(|held| held.residents(caller, target, most));
+                residents.map_or_else(Reply::Refused, Reply::Residents)
             }
+            Command::Hold(hold) => done(self.hold(caller, hold)),
             Command::Release { sandbox } => {
                 done(self.find(sandbox).and_then(|held| held.release(caller)))
             }
@@ -378,14 +382,8 @@ impl Shared {
         started.await.unwrap_or_else(|_| Started::Failed("the sandbox is gone".into()))
     }
 
-    fn hold(
-        &self,
-        caller: &Caller,
-        sandbox: SandboxId,
-        image: Extent,
-        userfaults: &[i32],
-        written: &[Vec<Range<u64>>],
-    ) -> Result<(), String> {
+    fn hold(&self, caller: &Caller, hold: Hold) -> Result<(), String> {
+        let Hold { sandbox, image, userfaults, written, residents } = hold;
         let held = self.find(sandbox)?;
         let userfaults = userfaults.iter().map(|number| caller.take_descriptor(*number));
         let userfaults = userfaults.collect::<Result<_, _>>()?;
@@ -393,8 +391,9 @@ impl Shared {
             Some(image) => image,
             None => self.open_image(image)?,
         };
-        let image = image.hold(userfaults).map_err(|error| error.to_string())?;
-        held.hold(caller, image, written)?;
+        let mut image = image.hold(userfaults).map_err(|error| error.to_string())?;
+        image.leave(residents);
+        held.hold(caller, image, &written)?;
         tokio::spawn(async move {
             tokio::time::sleep(OPEN).await;
             held.close_image();

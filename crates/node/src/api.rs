@@ -64,6 +64,19 @@ pub enum StartFailure {
     Sandbox(String),
 }
 
+/// How a sandbox is deduplicated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct DedupMode {
+    /// Its pages also become a base snapshot for its function, whether or not one exists. All of them
+    /// go then.
+    pub new_base: bool,
+    /// What of its working set a restore could not put back within the node's target
+    /// ([`DedupConfig::restore_target`]) stays: memory is not short.
+    ///
+    /// [`DedupConfig::restore_target`]: crate::config::DedupConfig::restore_target
+    pub residents: bool,
+}
+
 /// What a dedup operation did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct DedupReport {
@@ -81,7 +94,8 @@ pub struct DedupReport {
     pub foreign_pages: u64,
     /// Pages taken over from the sandbox's image before: nobody has written to them since.
     pub reused_pages: u64,
-    /// Pages that must stay in the sandbox (such as restartable-sequence areas).
+    /// Pages that stay in the sandbox: those of its working set that a restore would take too long to
+    /// put back, and those that the kernel needs there (restartable-sequence areas).
     pub kept_pages: u64,
     /// Bytes that this operation added to the store as a base snapshot.
     pub base_bytes: u64,
@@ -211,12 +225,11 @@ pub trait NodeApi: Send + Sync + 'static {
         invocation: Invocation,
     ) -> impl Future<Output = Outcome> + Send;
 
-    /// Puts an idle, warm sandbox into the dedup state. With `new_base` its pages also become a
-    /// base snapshot for its function, whether or not one exists.
+    /// Puts an idle, warm sandbox into the dedup state.
     fn dedup(
         &self,
         sandbox: SandboxId,
-        new_base: bool,
+        mode: DedupMode,
     ) -> impl Future<Output = Result<DedupReport, DedupFailure>> + Send;
 
     /// Asks a dedup operation that is under way to give up; the operation's own answer tells

@@ -1,6 +1,7 @@
 //! How a node is set up.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use medes_core::NodeId;
 
@@ -46,12 +47,21 @@ pub struct DedupConfig {
     pub chunk_size: u16,
     /// Threads that encode pages.
     pub workers: usize,
+    /// How long bringing a dedup sandbox back may take before some of its working set stays where it
+    /// is instead; zero: nothing ever does.
+    pub restore_target: Duration,
     /// How long a base snapshot that nobody refers to is kept, milliseconds.
     pub base_idle_ms: u64,
 }
 
 impl Default for DedupConfig {
     fn default() -> Self {
-        Self { cardinality: 5, chunk_size: 64, workers: 1, base_idle_ms: 900_000 }
+        Self {
+            cardinality: 5,
+            chunk_size: 64,
+            workers: 1,
+            restore_target: Duration::from_millis(2),
+            base_idle_ms: 900_000,
+        }
     }
 }

@@ -2,26 +2,27 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use medes_agent::dedup::{
-    Cancel, DedupError, Hindrance, Holder, Operation, Options, Previous, Subject,
+    Cancel, DedupError, Handover, Hindrance, Holder, Operation, Options, Previous, Subject,
 };
 use medes_agent::view::SpaceView;
-use medes_core::SandboxId;
-use medes_keeper::protocol::{Command, Reply};
+use medes_core::{MemoryUse, SandboxId};
+use medes_keeper::protocol::{Command, Hold, Reply};
 use medes_keeper::{Keeper, KeeperError};
 use medes_memory::session::{Freezer, Thaw};
+use medes_pages::PAGE_SIZE;
 use medes_registry::{Near, Scope};
 use medes_sandbox::Cgroup;
 use medes_store::{ImageHandle, StoreError};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::oneshot;
 
-use crate::api::{DedupFailure, DedupReport};
+use crate::api::{DedupFailure, DedupMode, DedupReport};
 use crate::shared::{Shared, micros};
 use crate::table::{Deduplicated, Entry};
 
@@ -29,11 +30,15 @@ use crate::table::{Deduplicated, Entry};
 /// an uninterruptible system call.
 const FREEZE_LIMIT: Duration = Duration::from_millis(500);
 
+/// At most one page in so many stays so that restores are fast: without that the dedup state would be
+/// of little use.
+const RESIDENT_SHARE: u64 = 8;
+
 type Answer = Result<DedupReport, DedupFailure>;
 
 /// Runs the operation on a thread of its own, which ends with it: the kernel ties stopped
 /// processes to the thread that stopped them.
-pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, new_base: bool) -> Answer {
+pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, mode: DedupMode) -> Answer {
     let (done, wait) = oneshot::channel();
     let spawned = std::thread::Builder::new().name("dedup".into()).spawn(move || {
         let answer = Arc::new(Answering { entry: Arc::clone(&entry), done: Some(done).into() });
@@ -48,7 +53,7 @@ pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, new_base: bool) 
         // It runs until it is frozen.
         cancel.arm(Box::new(|| Ok(())));
         answer.give(match my_turn(&entry, &cancel) {
-            Some(_operating) => operate(&shared, &entry, new_base, &cancel),
+            Some(_operating) => operate(&shared, &entry, mode, &cancel),
             None => Err(DedupFailure::Cancelled),
         });
         if entry.gone.load(Ordering::SeqCst) {
@@ -92,18 +97,22 @@ fn my_turn<'a>(entry: &'a Entry, cancel: &Cancel) -> Option<MutexGuard<'a, ()>> 
     }
 }
 
-fn operate(shared: &Shared, entry: &Entry, new_base: bool, cancel: &Cancel) -> Answer {
+fn operate(shared: &Shared, entry: &Entry, mode: DedupMode, cancel: &Cancel) -> Answer {
     let begin = Instant::now();
     // It may have answered a moment ago, and is on its way to its next call. That is not the time
     // to stop it: what it says to the keeper has to be said.
     let idle = shared.keeper().order_blocking(Command::Idle { sandbox: entry.id });
     idle.map_err(|e| DedupFailure::StaysWarm { reason: e.to_string(), lasting: false })?;
-    let mut previous = if new_base { None } else { previous(shared, entry)? };
+    let mut previous = if mode.new_base { None } else { previous(shared, entry)? };
     if previous.is_none() {
         bring_all_back(shared, entry)?;
     }
     let before = shared.memory_use(entry);
     let base_before = shared.store.usage().snapshots;
+    let residents = match mode.residents && !mode.new_base {
+        true => residents(shared, entry, &before)?,
+        false => Vec::new(),
+    };
     let holder =
         KeeperHolds { keeper: shared.keeper(), sandbox: entry.id, restore: OnceLock::new() };
     let operation = Operation {
@@ -118,8 +127,9 @@ fn operate(shared: &Shared, entry: &Entry, new_base: bool, cancel: &Cancel) -> A
         options: Options {
             fingerprints: shared.fingerprints,
             workers: shared.config.dedup.workers,
-            new_base,
+            new_base: mode.new_base,
         },
+        residents: &residents,
         cancel,
     };
     let attempt =
@@ -170,6 +180,28 @@ fn operate(shared: &Shared, entry: &Entry, new_base: bool, cancel: &Cancel) -> A
         encode_us: counts.encode_us,
         commit_us: counts.commit_us,
     })
+}
+
+/// What of a sandbox stays, that takes so much memory now, or less than it needs if some is away.
+fn residents(
+    shared: &Shared,
+    entry: &Entry,
+    now: &MemoryUse,
+) -> Result<Vec<Vec<Range<u64>>>, DedupFailure> {
+    let target = shared.config.dedup.restore_target;
+    if target.is_zero() {
+        return Ok(Vec::new());
+    }
+    let target_us = u64::try_from(target.as_micros()).unwrap_or(u64::MAX);
+    let before = entry.most_private.fetch_max(now.private, Ordering::Relaxed);
+    let most = before.max(now.private) / PAGE_SIZE as u64 / RESIDENT_SHARE;
+    let command = Command::Residents { sandbox: entry.id, target_us, most };
+    match shared.keeper().call_blocking(command) {
+        Ok(Reply::Residents(residents)) => Ok(residents),
+        Ok(Reply::Refused(why)) => Err(warm(why)),
+        Ok(_) => Err(warm(KeeperError::Protocol.to_string())),
+        Err(error) => Err(warm(error.to_string())),
+    }
 }
 
 /// What the operation before left, if the sandbox was restored since and its base snapshots are
@@ -270,18 +302,14 @@ impl Holder for KeeperHolds {
         self.order(Command::Examine { sandbox: self.sandbox, image: image.extent() })
     }
 
-    fn hold(
-        &self,
-        image: &ImageHandle,
-        userfaults: &[BorrowedFd<'_>],
-        written: &[Vec<Range<u64>>],
-    ) -> Result<(), String> {
-        self.order(Command::Hold {
+    fn hold(&self, handover: &Handover<'_>) -> Result<(), String> {
+        self.order(Command::Hold(Hold {
             sandbox: self.sandbox,
-            image: image.extent(),
-            userfaults: userfaults.iter().map(AsRawFd::as_raw_fd).collect(),
-            written: written.to_vec(),
-        })
+            image: handover.image.extent(),
+            userfaults: handover.userfaults.iter().map(AsRawFd::as_raw_fd).collect(),
+            written: handover.written.to_vec(),
+            residents: handover.residents.to_vec(),
+        }))
     }
 
     fn release(&self) {

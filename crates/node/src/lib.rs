@@ -24,8 +24,8 @@ mod table;
 mod takeover;
 
 pub use api::{
-    DedupFailure, DedupReport, Inheritance, InheritedSandbox, Invocation, NodeApi, NodeEvent,
-    NodeMemory, Outcome, RestoreFailure, RestoreReport, StartFailure,
+    DedupFailure, DedupMode, DedupReport, Inheritance, InheritedSandbox, Invocation, NodeApi,
+    NodeEvent, NodeMemory, Outcome, RestoreFailure, RestoreReport, StartFailure,
 };
 pub use config::{DedupConfig, NodeConfig};
 pub use error::NodeError;

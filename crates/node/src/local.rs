@@ -15,8 +15,8 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc;
 
 use crate::api::{
-    DedupFailure, DedupReport, Inheritance, Invocation, NodeApi, NodeEvent, NodeMemory, Outcome,
-    RestoreFailure, RestoreReport, StartFailure,
+    DedupFailure, DedupMode, DedupReport, Inheritance, Invocation, NodeApi, NodeEvent, NodeMemory,
+    Outcome, RestoreFailure, RestoreReport, StartFailure,
 };
 use crate::bases::{self, Unused};
 use crate::config::NodeConfig;
@@ -248,11 +248,15 @@ impl NodeApi for Node {
         self.shared.invoke(sandbox, invocation).await
     }
 
-    async fn dedup(&self, sandbox: SandboxId, new_base: bool) -> Result<DedupReport, DedupFailure> {
+    async fn dedup(
+        &self,
+        sandbox: SandboxId,
+        mode: DedupMode,
+    ) -> Result<DedupReport, DedupFailure> {
         let Some(entry) = self.shared.table.get(sandbox) else {
             return Err(DedupFailure::Lost("the sandbox is gone".into()));
         };
-        let result = dedup::run(Arc::clone(&self.shared), entry, new_base).await;
+        let result = dedup::run(Arc::clone(&self.shared), entry, mode).await;
         if let Err(DedupFailure::Lost(_)) = &result {
             self.shared.kill(sandbox).await;
         }

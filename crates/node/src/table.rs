@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use medes_agent::dedup::Cancel;
 use medes_core::{DomainId, FunctionId, FunctionName, SandboxId};
@@ -31,6 +31,8 @@ pub(crate) struct Entry {
     pub(crate) gone: AtomicBool,
     /// Set before the sandbox is killed on purpose: its end is no news then.
     pub(crate) doomed: AtomicBool,
+    /// The most private memory that it was seen to have, bytes.
+    pub(crate) most_private: AtomicU64,
     /// What a dedup sandbox has in the page store.
     pub(crate) dedup: Mutex<Option<Deduplicated>>,
 }
@@ -54,6 +56,7 @@ impl Entry {
             operating: Mutex::default(),
             gone: false.into(),
             doomed: false.into(),
+            most_private: 0.into(),
             dedup: Mutex::new(dedup),
         }
     }

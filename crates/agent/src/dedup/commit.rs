@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use medes_memory::pages::{GAP, PageRun, PageScanner};
-use medes_memory::ranges::{overlap, slices, without};
+use medes_memory::ranges::{near, overlap, slices, within, without};
 use medes_memory::session::{EvictError, Eviction, Freezer, Replacement, Session};
 use medes_memory::tracee::SeizeOptions;
 use medes_memory::userfault::{RegisterMode, UserFault};
@@ -14,7 +14,7 @@ use medes_store::ImageHandle;
 
 use super::batch::{Batch, hash, page_buffer};
 use super::standing::{PROTECTED, Phase, Standing};
-use super::{Counts, DedupError, Hindrance, Operation};
+use super::{Counts, DedupError, Handover, Hindrance, Operation};
 use crate::plan::{MappingKind, MappingPlan, Plan, ProcessPlan};
 
 /// How long the kernel may work between two looks at whether a request wants the sandbox,
@@ -140,8 +140,13 @@ impl Operation<'_> {
             // A sandbox that the holder believes to be away may not run on.
             .inspect(|_| session.kill_with_tracer())
             .and_then(|kept| {
-                let held = holder.hold(image, &descriptors, &plan.written());
-                held.map_err(Hindrance::Holder)?;
+                let handover = Handover {
+                    image,
+                    userfaults: &descriptors,
+                    written: &plan.written(),
+                    residents: &plan.residents(),
+                };
+                holder.hold(&handover).map_err(Hindrance::Holder)?;
                 Ok(kept)
             })
             .and_then(|kept| {
@@ -258,8 +263,8 @@ impl Operation<'_> {
 
     /// Drops every page that the image can bring back, but those that the kernel itself touches,
     /// and those that are left when a request comes. Returns for each process the registered pages
-    /// that are left: they are not as a restore would expect them. What was away before is not among
-    /// them, the image brings it back.
+    /// that are left: they are not as a restore would expect them. Residents are not among them, nor
+    /// is what was away before, which the image brings back.
     fn drop_all<F: Freezer>(
         &self,
         session: &mut Session<F>,
@@ -300,14 +305,7 @@ impl Operation<'_> {
 fn there(process: &ProcessPlan, range: &Range<u64>) -> Vec<Range<u64>> {
     let after = process.mappings.partition_point(|mapping| mapping.end <= range.start);
     let mappings = process.mappings[after..].iter().take_while(|m| m.start < range.end);
-    let parts = mappings.flat_map(|mapping| {
-        let before = mapping.there.partition_point(|part| part.end <= range.start);
-        mapping.there[before..].iter().take_while(|part| part.start < range.end)
-    });
-    parts
-        .map(|part| part.start.max(range.start)..part.end.min(range.end))
-        .filter(|part| part.start < part.end)
-        .collect()
+    mappings.flat_map(|mapping| within(range, &mapping.there)).collect()
 }
 
 /// The pages of a process that nobody may have written to since they were protected, in order: those
@@ -393,13 +391,15 @@ fn steps(
                 let costs = RANGE_NS * mapping.runs.len() as u64 + pages(mapping) * PAGE_NS;
                 begins(&mut step, costs);
                 let runs = mapping.runs.iter().map(PageRun::range);
-                step.file.extend(runs.flat_map(|run| without(run, kept)));
+                step.file.extend(runs.flat_map(|run| without(run.clone(), near(kept, &run))));
             }
             MappingKind::Anonymous if is_registered(&range) => {
                 step.register.push(range);
-                for (piece, pages) in pieces(mapping, (STEP_NS - RANGE_NS) / PAGE_NS) {
-                    begins(&mut step, RANGE_NS + pages * PAGE_NS);
-                    step.anonymous.extend(without(piece, kept));
+                for piece in pieces(mapping, (STEP_NS - RANGE_NS) / PAGE_NS) {
+                    for part in without(piece.clone(), near(kept, &piece)) {
+                        begins(&mut step, RANGE_NS + page_count(&mapping.there, &part) * PAGE_NS);
+                        step.anonymous.push(part);
+                    }
                 }
             }
             MappingKind::Anonymous => {}
@@ -409,9 +409,14 @@ fn steps(
     steps
 }
 
-/// What is there of a mapping in pieces of at most `most` pages, with how many each has. Between
-/// its pages there may be space: going over it costs next to nothing, one piece more does.
-fn pieces(mapping: &MappingPlan, most: u64) -> Vec<(Range<u64>, u64)> {
+/// How many pages there are within `range`.
+fn page_count(there: &[Range<u64>], range: &Range<u64>) -> u64 {
+    within(range, there).iter().map(|part| (part.end - part.start) / PAGE_SIZE as u64).sum()
+}
+
+/// What is there of a mapping in pieces of at most `most` pages. Between its pages there may be
+/// space: going over it costs next to nothing, one piece more does.
+fn pieces(mapping: &MappingPlan, most: u64) -> Vec<Range<u64>> {
     let mut pieces: Vec<(Range<u64>, u64)> = Vec::new();
     for range in &mapping.there {
         let mut at = range.start;
@@ -426,23 +431,25 @@ fn pieces(mapping: &MappingPlan, most: u64) -> Vec<(Range<u64>, u64)> {
             }
         }
     }
-    pieces
+    pieces.into_iter().map(|(piece, _)| piece).collect()
 }
 
-/// The pages that must stay in each process of the plan, because the kernel itself touches them on
-/// its threads' way back to user space. Without the kernel's word on that nothing may go.
+/// What stays in each process of the plan: residents, and pages that the kernel itself touches on its
+/// threads' way back to user space. Without the kernel's word on those nothing may go.
 fn kept_pages<F: Freezer>(
     session: &mut Session<F>,
     plan: &Plan,
 ) -> Result<Vec<Vec<Range<u64>>>, DedupError> {
-    let of_process = |process: &ProcessPlan| {
+    let of_process = |(process, mut kept): (&ProcessPlan, Vec<Range<u64>>)| {
         let seized = session.process(process.pid).ok_or(Hindrance::Changed)?;
         let areas = seized.rseq_areas().map_err(Hindrance::Rseq)?;
-        let mut kept: Vec<Range<u64>> = areas.iter().flat_map(|a| a.resident_pages()).collect();
+        for page in areas.iter().flat_map(|area| area.resident_pages()) {
+            kept.extend(without(page.clone(), &kept));
+        }
         kept.sort_unstable_by_key(|r| r.start);
         Ok(kept)
     };
-    plan.processes.iter().map(of_process).collect()
+    plan.processes.iter().zip(plan.residents()).map(of_process).collect()
 }
 
 #[cfg(test)]
@@ -466,6 +473,7 @@ mod tests {
             heap: false,
             there: runs.iter().map(|r| run(r).range()).collect(),
             runs: runs.iter().map(run).collect(),
+            residents: Vec::new(),
             reused: Vec::new(),
             known: Vec::new(),
         }
@@ -527,14 +535,11 @@ mod tests {
             }
             let mapping = mapping(MappingKind::Anonymous, 0x1000, at + 7, &runs);
             let pieces = pieces(&mapping, most);
-            prop_assert!(pieces.windows(2).all(|two| two[0].0.end <= two[1].0.start));
+            prop_assert!(pieces.windows(2).all(|two| two[0].end <= two[1].start));
             let mut all = 0;
-            for (range, pages) in &pieces {
-                let within = |there: &Range<u64>| {
-                    there.end.min(range.end).saturating_sub(there.start.max(range.start)) / PAGE
-                };
-                prop_assert_eq!(*pages, mapping.there.iter().map(within).sum::<u64>());
-                prop_assert!(*pages <= most && range.start < range.end);
+            for range in &pieces {
+                let pages = page_count(&mapping.there, range);
+                prop_assert!(pages <= most && range.start < range.end);
                 all += pages;
             }
             prop_assert_eq!(all, runs.iter().map(|(_, pages)| u64::from(*pages)).sum::<u64>());

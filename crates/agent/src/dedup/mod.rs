@@ -85,17 +85,11 @@ pub trait Holder: Sync {
         Ok(())
     }
 
-    /// Takes hold. `written` says, for each process, what was written to since the restore before,
-    /// if there was one.
+    /// Takes hold.
     ///
     /// # Errors
     /// Why not; nothing is dropped then.
-    fn hold(
-        &self,
-        image: &ImageHandle,
-        userfaults: &[BorrowedFd<'_>],
-        written: &[Vec<Range<u64>>],
-    ) -> Result<(), String>;
+    fn hold(&self, handover: &Handover<'_>) -> Result<(), String>;
 
     /// Lets go again: nothing was dropped after all.
     fn release(&self);
@@ -138,6 +132,22 @@ pub trait Holder: Sync {
     /// # Errors
     /// Why not; the sandbox must be killed then.
     fn resume(&self) -> Result<(), String>;
+}
+
+/// What a [`Holder`] takes hold of.
+#[derive(Clone, Copy, Debug)]
+pub struct Handover<'a> {
+    /// The image.
+    pub image: &'a ImageHandle,
+    /// The userfaultfds, in the image's order of processes.
+    pub userfaults: &'a [BorrowedFd<'a>],
+    /// For each process, what was written to since the restore before of what that image has, if
+    /// there was one.
+    pub written: &'a [Vec<Range<u64>>],
+    /// For each process, what stays and is not in the image ([`HeldImage::leave`]).
+    ///
+    /// [`HeldImage::leave`]: crate::restore::HeldImage::leave
+    pub residents: &'a [Vec<Range<u64>>],
 }
 
 /// What is left of the dedup operation before, of a sandbox that was restored since.
@@ -276,7 +286,8 @@ pub struct Counts {
     pub foreign: u64,
     /// Pages taken over from the image before, because nobody has changed them since.
     pub reused: u64,
-    /// Pages that stay in the sandbox because the kernel needs them there.
+    /// Pages that stay in the sandbox: those that were to stay ([`Operation::residents`]), and those
+    /// that the kernel needs there.
     pub kept: u64,
     /// Bytes of patches.
     pub patch_bytes: u64,
@@ -338,6 +349,9 @@ pub struct Operation<'a> {
     pub subject: Subject,
     /// How it works.
     pub options: Options,
+    /// For each process, by process id, pages that stay where they are, in order: the next request
+    /// would have to wait for them. Those among them that are away are kept as all others are.
+    pub residents: &'a [Vec<Range<u64>>],
     /// Takes the sandbox back.
     pub cancel: &'a Cancel,
 }
@@ -397,7 +411,7 @@ impl Operation<'_> {
         let (fresh, holder) = (standing.fresh, standing.holder);
         let work = || {
             let stop = || self.cancel.is_requested();
-            let plan = Plan::of(&pids, spaces.as_deref(), &stop);
+            let plan = Plan::of(&pids, spaces.as_deref(), self.residents, &stop);
             self.check_cancelled()?;
             let plan = plan.map_err(Hindrance::Plan)?;
             let registered = self.register(&mut userfaults, fresh, &plan)?;
@@ -453,7 +467,7 @@ impl Operation<'_> {
     pub fn estimate(&self, pids: &[i32]) -> Result<Estimate, DedupError> {
         let begin = Instant::now();
         Plan::check(pids).map_err(Hindrance::Plan)?;
-        let plan = Plan::of(pids, None, &|| false).map_err(Hindrance::Plan)?;
+        let plan = Plan::of(pids, None, &[], &|| false).map_err(Hindrance::Plan)?;
         let encoded = self.encode(&batches(&plan, |_| true), 0, None)?;
         let mut counts = self.count(&encoded)?;
         counts.encode_us = micros(begin);

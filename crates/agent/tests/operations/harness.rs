@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use medes_agent::RestoreError;
 use medes_agent::dedup::{
-    Cancel, DedupError, Deduplicated, Holder, Operation, Options, Previous, Subject,
+    Cancel, DedupError, Deduplicated, Handover, Holder, Operation, Options, Previous, Subject,
 };
 use medes_agent::image::ProcessTable;
 use medes_agent::index::ImageIndex;
@@ -20,12 +20,13 @@ use medes_agent::restore::{
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
 use medes_core::{DomainId, FunctionId, NodeId};
+use medes_memory::mappings::{Mapping, Mappings};
 use medes_memory::ranges::slices;
 use medes_memory::session::{Freezer, Thaw, on_tracer_thread};
 use medes_pages::FingerprintConfig;
 use medes_registry::{Near, Registry, Scope};
 use medes_sandbox::{Cgroup, CgroupRoot, Resources};
-use medes_store::{ImageHandle, Store, View};
+use medes_store::{Store, View};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 pub const FUNCTION: FunctionId = FunctionId(5);
@@ -163,6 +164,8 @@ pub struct Bench {
     /// What was restored last and is watched.
     pub watched: Mutex<Vec<Arc<AddressSpace>>>,
     pub held: Mutex<Option<HeldImage>>,
+    /// What is to stay of the targets that are deduplicated.
+    pub residents: Mutex<Vec<Vec<Range<u64>>>>,
     /// Runs when an image is to be held; an error refuses.
     pub on_hold: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
 }
@@ -175,6 +178,7 @@ impl Bench {
             cancel: Cancel::default(),
             watched: Mutex::default(),
             held: Mutex::new(None),
+            residents: Mutex::default(),
             on_hold: Box::new(|| Ok(())),
         }
     }
@@ -219,6 +223,7 @@ impl Bench {
                 scope: Scope::Any,
             },
             options: Options { fingerprints: FingerprintConfig::default(), workers: 2, new_base },
+            residents: &self.residents.lock().unwrap(),
             cancel,
         };
         on_tracer_thread(|| operation.dedup(Group(&target.cgroup), self, previous))
@@ -330,6 +335,24 @@ pub fn pages_of(view: Arc<View>, image: &HeldImage) -> Vec<Vec<Range<u64>>> {
     index.table().processes.iter().map(of_process).collect()
 }
 
+/// Every other block of `pages` pages of the memory of each process of a group, by process id: what
+/// may stay when it is deduplicated.
+pub fn stripes(cgroup: &Cgroup, pages: u64) -> Vec<Vec<Range<u64>>> {
+    let mut pids = cgroup.processes().expect("a cgroup");
+    pids.sort_unstable();
+    let of_process = |pid: &i32| {
+        // It may have ended.
+        let mappings = Mappings::read(*pid).map(|all| all.iter().map(Mapping::range).collect());
+        let mappings: Vec<Range<u64>> = mappings.unwrap_or_default();
+        let blocks = mappings.into_iter().flat_map(|range| {
+            let reserved = range.end - range.start > 1 << 30;
+            slices(range, if reserved { 1 << 40 } else { pages << 12 }).step_by(2)
+        });
+        blocks.collect()
+    };
+    pids.iter().map(of_process).collect()
+}
+
 /// Serves faults on a thread of its own while `work` runs; returns what it did.
 pub fn serve_while(revived: &Revived, work: impl FnOnce()) -> Served {
     let stop = AtomicBool::new(false);
@@ -361,17 +384,15 @@ pub fn finish(revived: &Revived, keep: bool) {
 }
 
 impl Holder for Bench {
-    fn hold(
-        &self,
-        image: &ImageHandle,
-        userfaults: &[BorrowedFd<'_>],
-        _written: &[Vec<Range<u64>>],
-    ) -> Result<(), String> {
+    fn hold(&self, handover: &Handover<'_>) -> Result<(), String> {
+        let Handover { image, userfaults, residents, .. } = handover;
         (self.on_hold)()?;
         let userfaults: io::Result<Vec<OwnedFd>> =
             userfaults.iter().map(|fd| fd.as_fd().try_clone_to_owned()).collect();
         let held = HeldImage::open(self.view(), image.extent(), userfaults.expect("descriptors"));
-        *self.held.lock().unwrap() = Some(held.map_err(|e: RestoreError| e.to_string())?);
+        let mut held = held.map_err(|e: RestoreError| e.to_string())?;
+        held.leave(residents.to_vec());
+        *self.held.lock().unwrap() = Some(held);
         Ok(())
     }
 

@@ -4,11 +4,12 @@ mod faults;
 mod harness;
 mod torture;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use harness::{Bench, Target};
+use harness::{Bench, Target, pages_of, stripes};
 use medes_agent::RestoreError;
 use medes_agent::dedup::{Cancel, DedupError, Hindrance};
 use medes_agent::plan::PlanError;
@@ -16,6 +17,7 @@ use medes_agent::restore::{Filling, RestoreBuffers, Served};
 use medes_agent::working_set::{Prefetch, WorkingSet};
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
 use medes_memory::pages::{PageClass, PageRun};
+use medes_memory::ranges::within;
 use medes_memory::writer::write_pages;
 use medes_pages::{Fingerprint, PAGE_SIZE};
 use medes_registry::{
@@ -97,13 +99,49 @@ fn what_was_touched_is_there_the_next_time() {
     let mut faults = Vec::new();
     for _ in 0..3 {
         let done = bench.dedup(&target, false).expect("deduplicates");
-        let touched = bench.restore_with(&mut target, &set.prefetch());
+        let trial = set.trial();
+        let touched = bench.restore_with(&mut target, &set.prefetch(Some(trial), &[]));
         set.touched(0, &touched);
         faults.push(touched.len());
         bench.give_back(done);
     }
     // A few are left out to see whether they are needed.
     assert!(faults[0] > 1000 && faults[2] * 20 < faults[0], "{faults:?}");
+}
+
+#[test]
+fn what_is_to_stay_stays() {
+    let bench = bench();
+    let mut target = Target::start(3);
+    let first = bench.dedup(&target, false).expect("deduplicates");
+    bench.restore_watched(&mut target, true, Target::check);
+    let stay = |stripes| *bench.residents.lock().unwrap() = stripes;
+    let all = stripes(&target.cgroup, 8);
+    stay(all.clone());
+    let second = bench.dedup_again(&target, &first).expect("deduplicates again");
+    bench.watched.lock().unwrap().clear();
+    drop(first.userfaults);
+    bench.store.remove_image(first.image);
+    let (kept, pages) = (second.counts.kept, second.counts.pages);
+    assert!(kept * 3 > pages && kept < pages * 3, "{:?}", second.counts);
+    let of_image = pages_of(bench.view(), bench.held.lock().unwrap().as_ref().expect("held"));
+    let held = bench.held.lock().unwrap().as_ref().expect("held").left().to_vec();
+    let bytes = |ranges: &[Range<u64>]| ranges.iter().map(|r| r.end - r.start).sum::<u64>();
+    assert!((kept - 8..=kept).contains(&(bytes(&held[0]) >> 12)), "{kept}");
+    for range in &of_image[0] {
+        assert!(within(range, &held[0]).is_empty(), "{range:x?} stays and is in the image");
+    }
+    // Nothing that stayed has to be waited for, though all is read.
+    let touched = bench.restore_with(&mut target, &Prefetch::default());
+    let waited = |address: &u64| !within(&(*address..address + 1), &held[0]).is_empty();
+    assert!(touched.len() > 500 && !touched.iter().any(waited), "{}", touched.len());
+    bench.give_back(second);
+    // What stayed once goes the next time.
+    stay(Vec::new());
+    let third = bench.dedup(&target, false).expect("deduplicates");
+    assert!(third.counts.pages > pages + kept / 2, "{:?}", third.counts);
+    bench.restore(&mut target, Target::check);
+    bench.give_back(third);
 }
 
 #[test]

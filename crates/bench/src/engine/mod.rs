@@ -24,7 +24,7 @@ use crate::dump::Dump;
 use crate::functions::Function;
 use crate::machine::Circumstances;
 use crate::registry::{self, RegistryFigures};
-use crate::testbed::{TakenBack, Testbed};
+use crate::testbed::{BASE, ROOMY, TakenBack, Testbed};
 use crate::{round, share};
 use timing::{Material, Times};
 
@@ -237,7 +237,7 @@ fn operate(
     spec: &FunctionSpec,
     [base, subject]: [SandboxId; 2],
 ) -> Result<WholeOperation> {
-    testbed.dedup(base, true)?;
+    testbed.dedup(base, BASE)?;
     let another = |first: u32| -> Result<SandboxId> {
         let sandbox = testbed.start(spec)?;
         for request in 0..REQUESTS[1] {
@@ -254,14 +254,14 @@ fn operate(
             sandbox = another(1000 * (n + 1))?;
         }
         let begin = processor_time();
-        let done = testbed.dedup(sandbox, false)?;
+        let done = testbed.dedup(sandbox, ROOMY)?;
         let cpu = processor_time().saturating_sub(begin);
         let restored = testbed.restore(sandbox)?;
         all.push((done, cpu, restored.total_us));
         testbed.invoke(spec, sandbox, &function.event(1000 * (n + 1) + REQUESTS[1]))?;
         // All memory comes back in the meantime.
         testbed.settle();
-        again.push(testbed.dedup(sandbox, false)?.total_us);
+        again.push(testbed.dedup(sandbox, ROOMY)?.total_us);
         testbed.purge(sandbox);
     }
     let ms = |us: u64| round(us as f64 / 1000.0, 2);

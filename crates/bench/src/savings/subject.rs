@@ -11,7 +11,7 @@ use medes_registry::Scope;
 use super::{BASE_REQUESTS, Bases, Estimated, REQUESTS, gone};
 use crate::bank::Bank;
 use crate::functions::Function;
-use crate::testbed::Testbed;
+use crate::testbed::{BASE, SHORT, Testbed};
 use crate::{mean, share};
 
 /// Numbers of the requests to one sandbox begin this far from those to the next.
@@ -89,12 +89,12 @@ impl<'f> Sandboxes<'f> {
     /// answer, and ends all of them.
     pub(super) fn dedup(&self, testbed: &Testbed) -> Result<Measured> {
         let before = testbed.memory();
-        testbed.dedup(self.base, true)?;
+        testbed.dedup(self.base, BASE)?;
         let after = testbed.memory();
         let base_bytes = (after.base + after.registry) - (before.base + before.registry);
         let mut measured = Measured { base_bytes, reports: Vec::new(), answers_checked: 0 };
         for sandbox in &self.others {
-            let mut report = testbed.dedup(*sandbox, false)?;
+            let mut report = testbed.dedup(*sandbox, SHORT)?;
             // Once more, for what the kernel gives back a little later.
             report.after = testbed.memory_of(*sandbox)?;
             measured.reports.push(report);

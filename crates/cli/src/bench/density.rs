@@ -20,6 +20,7 @@ use crate::failure::Outcome;
 use crate::latency::Percentiles;
 use crate::output::table;
 use crate::progress::Line;
+use crate::units::Period;
 
 /// Different inputs; with more sandboxes they come around again.
 const INPUTS: usize = 100;
@@ -30,7 +31,8 @@ const CHOSEN: usize = 100;
 ///
 /// Starts N sandboxes of one function on a private platform, one after the other; each answers a
 /// request and is deduplicated. Then each is brought back in a random order and answers again. The
-/// memory is the host's own figure (MemAvailable) before and after, so let nothing else run.
+/// memory is the host's own figure (MemAvailable) before and after, so let nothing else run. Nothing
+/// of a working set stays in memory, as if it were short.
 #[derive(Debug, Args)]
 pub struct DensityCommand {
     /// How many sandboxes.
@@ -160,6 +162,8 @@ impl DensityCommand {
             self.front.open("density", std::slice::from_ref(&self.function), &|config| {
                 let limit = &mut config.limits.max_sandboxes_per_function;
                 *limit = (*limit).max(self.sandboxes + 1);
+                // What counts here is how little they take.
+                config.dedup.restore_target = Period::default();
                 if let Some(threshold) = self.base_threshold {
                     config.dedup.base_threshold = threshold;
                 }

@@ -133,6 +133,8 @@ struct Operation {
     cpu_ms: Percentiles,
     /// Pages that were dropped, mean.
     pages: u64,
+    /// Pages that stayed, mean.
+    kept_pages: u64,
     /// Private memory by time: the mean of the operations.
     bytes_per_second: u64,
 }
@@ -364,11 +366,13 @@ impl Operation {
         let seconds: f64 = all.iter().map(|d| d.ms / 1e3).sum();
         let bytes: u64 = all.iter().map(|d| d.report.before.private).sum();
         let pages: u64 = all.iter().map(|d| d.report.pages).sum();
+        let kept: u64 = all.iter().map(|d| d.report.kept_pages).sum();
         Some(Self {
             time_ms: of(|d| d.ms)?,
             pause_ms: of(|d| d.report.commit_us as f64 / 1e3)?,
             cpu_ms: of(|d| d.cpu_ms)?,
             pages: pages / all.len() as u64,
+            kept_pages: kept / all.len() as u64,
             bytes_per_second: (bytes as f64 / seconds) as u64,
         })
     }
@@ -387,7 +391,8 @@ impl Report {
         out.push_str(
             "\nDedup operations: the first of a sandbox, the second after one request, those of the \
              cycles. CPU: of the\nplatform's own processes. PAUSE: the part with threads stopped; a \
-             request waits for a step of it.\n",
+             request waits for a step of it. STAY: pages of\nthe working set that stay, for a restore \
+             to be as fast as it has to be.\n",
         );
         out
     }
@@ -458,8 +463,10 @@ impl Report {
                 ">MB/s",
                 ">WARM MB",
                 ">DEDUP MB",
+                ">STAY",
             ],
             self.functions.iter().map(|f| {
+                let in_cycles = f.dedup.in_cycles.as_ref();
                 let first = f.dedup.first.as_ref().or(f.dedup.with_base.as_ref());
                 let of = |value: fn(&Operation) -> f64, digits: usize| {
                     first.map_or_else(|| "-".into(), |o| format!("{:.digits$}", value(o)))
@@ -474,6 +481,7 @@ impl Report {
                     of(|o| o.bytes_per_second as f64 / 1e6, 0),
                     format!("{:.1}", f.warm_bytes as f64 / 1e6),
                     format!("{:.1}", f.dedup_bytes as f64 / 1e6),
+                    in_cycles.map_or_else(|| "-".into(), |o| o.kept_pages.to_string()),
                 ]
             }),
         )

@@ -47,6 +47,10 @@ pub struct FrontArgs {
     /// Where that directory is made [default: the system's temporary directory].
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// How long bringing a sandbox back may take before some of its working set stays in memory; `0`
+    /// for the least memory [default: the platform's; for `density` 0].
+    #[arg(long, value_name = "PERIOD")]
+    restore_target: Option<Period>,
     #[command(flatten)]
     source: SourceArgs,
 }
@@ -105,6 +109,9 @@ impl FrontArgs {
                 config.lifecycle.keep_alive = Period::secs(8 * 86_400);
                 config.lifecycle.keep_dedup = Period::secs(8 * 86_400);
                 change(config);
+                if let Some(target) = self.restore_target {
+                    config.dedup.restore_target = target;
+                }
             },
             keep: self.keep,
         })?;

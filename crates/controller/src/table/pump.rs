@@ -252,12 +252,15 @@ impl Table {
         match self.config.partial_restore {
             PartialRestore::Always => false,
             PartialRestore::Never => true,
-            PartialRestore::Pressure => {
-                let pressure = self.pressure();
-                let headroom = pressure.budget / 100 * u64::from(self.settings.headroom_percent);
-                pressure.excess(headroom) == 0
-            }
+            PartialRestore::Pressure => !self.is_short_of_memory(),
         }
+    }
+
+    /// Whether less memory is free than the headroom that dedup is to keep.
+    pub(crate) fn is_short_of_memory(&self) -> bool {
+        let pressure = self.pressure();
+        let headroom = pressure.budget / 100 * u64::from(self.settings.headroom_percent);
+        pressure.excess(headroom) > 0
     }
 
     /// What is being freed already, bytes.

@@ -170,11 +170,11 @@ async fn what_nobody_touches_stays_away_while_memory_is_short() {
     let plenty = 1 << 40;
     // One warm sandbox of 20 MiB in 21 leaves less than the headroom.
     let short = 21 << 20;
-    for (partial_restore, budget, fills) in [
-        (Pressure, plenty, true),
-        (Pressure, short, false),
-        (Always, plenty, false),
-        (Never, short, true),
+    for (partial_restore, budget, fills, stay) in [
+        (Pressure, plenty, true, true),
+        (Pressure, short, false, false),
+        (Always, plenty, false, true),
+        (Never, short, true, false),
     ] {
         let rig = Rig::new(|c| {
             c.policy = periods(1_000, 600_000, 600_000);
@@ -186,6 +186,7 @@ async fn what_nobody_touches_stays_away_while_memory_is_short() {
         sleep(ms(5_000)).await;
         assert_eq!(rig.invoke("a", "1").await.unwrap().start, StartKind::Dedup);
         assert_eq!(rig.node.filled(), [fills], "{partial_restore:?} {budget}");
+        assert_eq!(rig.node.residents(), [stay], "{partial_restore:?} {budget}");
         rig.end().await;
     }
 }

@@ -16,6 +16,7 @@ mod steps;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, mpsc};
@@ -29,7 +30,7 @@ use medes_registry::{LocalRegistry, Near, RegistryConfig, Scope};
 
 use medes_store::ImageHandle;
 
-use crate::harness::{Bench, FUNCTION, Group, Target};
+use crate::harness::{Bench, FUNCTION, Group, Target, stripes};
 use crate::torture::Random;
 use scene::{Answer, Keeping, Memory, ask, serve, start};
 use steps::{Fault, Injector};
@@ -39,6 +40,9 @@ const SAMPLES: u64 = 12;
 
 /// Room for some sandboxes.
 const STORE_BYTES: u64 = 16 << 20;
+
+/// Pages in each block of those that stay.
+const STRIPE: u64 = 4;
 
 const DOMAIN: DomainId = DomainId(1);
 
@@ -152,7 +156,11 @@ impl Scene {
         judge: &mut dyn FnMut(&medes_faults::Call) -> Verdict,
         cancel: &Cancel,
     ) -> Result<Deduplicated, DedupError> {
-        let operation = operation(&self.bench, what == What::AsBase, cancel);
+        let residents = match what {
+            What::AsBase => Vec::new(),
+            What::First | What::Again | What::Restore => stripes(&self.keeping.cgroup, STRIPE),
+        };
+        let operation = operation(&self.bench, what == What::AsBase, &residents, cancel);
         let previous = self.before.as_ref().map(|done| self.bench.previous(done));
         supervise(judge, || {
             operation.dedup(Group(&self.keeping.cgroup), &self.keeping, previous.as_ref())
@@ -353,7 +361,12 @@ impl Scene {
     }
 }
 
-fn operation<'a>(bench: &'a Bench, new_base: bool, cancel: &'a Cancel) -> Operation<'a> {
+fn operation<'a>(
+    bench: &'a Bench,
+    new_base: bool,
+    residents: &'a [Vec<Range<u64>>],
+    cancel: &'a Cancel,
+) -> Operation<'a> {
     Operation {
         store: &bench.store,
         registry: &*bench.registry,
@@ -364,6 +377,7 @@ fn operation<'a>(bench: &'a Bench, new_base: bool, cancel: &'a Cancel) -> Operat
             scope: Scope::Any,
         },
         options: Options { fingerprints: FingerprintConfig::default(), workers: 1, new_base },
+        residents,
         cancel,
     }
 }

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, mpsc};
 
-use medes_agent::dedup::{Cancel, DedupError, Holder, Previous, let_run};
+use medes_agent::dedup::{Cancel, DedupError, Handover, Holder, Previous, let_run};
 use medes_agent::index::ImageIndex;
 use medes_agent::restore::HeldImage;
 use medes_agent::view::SpaceView;
@@ -23,12 +23,12 @@ use medes_memory::session::on_tracer_thread;
 use medes_memory::userfault::{UserFault, UserFaultFeatures};
 use medes_registry::{LocalRegistry, RegistryConfig};
 use medes_sandbox::{Cgroup, CgroupRoot};
-use medes_store::{Extent, ImageHandle, Store, View};
+use medes_store::{Extent, Store, View};
 
 use super::scene::{Answer, Keeping, Memory, ask};
 use super::steps::{Fault, Injector};
-use super::{Outcome, STORE_BYTES, Samples, Scene, Stop, What, alone, operation};
-use crate::harness::{Bench, Group};
+use super::{Outcome, STORE_BYTES, STRIPE, Samples, Scene, Stop, What, alone, operation};
+use crate::harness::{Bench, Group, stripes};
 
 /// Set for the process that operates: where its holder listens, the cgroups' root, the step at
 /// which it dies, what it does; and if the sandbox has an image, where that lies, and which of the
@@ -141,11 +141,17 @@ fn hold(scene: &mut Scene, operator: &mut Child, stream: UnixStream) -> u64 {
             Some("hold") => {
                 let image = Extent { start: number() as u32, pages: number() as u32 };
                 let userfaults: std::io::Result<Vec<OwnedFd>> =
-                    numbers.map(|fd| process.take_descriptor(fd as i32)).collect();
+                    (0..number()).map(|_| process.take_descriptor(number() as i32)).collect();
                 // It may have died since it asked.
                 let Ok(userfaults) = userfaults else { break };
+                let mut residents = Vec::new();
+                while let Some(count) = numbers.next() {
+                    let mut number = || numbers.next().expect("a number");
+                    residents.push((0..count).map(|_| number()..number()).collect());
+                }
                 let view = Arc::clone(&scene.keeping.view);
-                let held = HeldImage::open(view, image, userfaults).expect("an image");
+                let mut held = HeldImage::open(view, image, userfaults).expect("an image");
+                held.leave(residents);
                 scene.keeping.take(held).expect("all its own");
                 let _ = writeln!(answers, "held");
             }
@@ -241,7 +247,8 @@ fn dedup(cgroup: &Cgroup, rest: &[u64], told: &Told, judge: &mut dyn FnMut(&Call
     let previous = (!rest.is_empty()).then(|| take_over(&mut bench, rest));
     told.store(bench.store.memory().descriptor());
     let cancel = Cancel::default();
-    let operation = operation(&bench, previous.is_none(), &cancel);
+    let residents = previous.as_ref().map_or_else(Vec::new, |_| stripes(cgroup, STRIPE));
+    let operation = operation(&bench, previous.is_none(), &residents, &cancel);
     let done = supervise(judge, || operation.dedup(Group(cgroup), told, previous.as_ref()));
     assert!(matches!(done, Ok(_) | Err(DedupError::StaysWarm(_))), "{done:?}");
 }
@@ -319,16 +326,17 @@ impl Told {
 }
 
 impl Holder for Told {
-    fn hold(
-        &self,
-        image: &ImageHandle,
-        userfaults: &[BorrowedFd<'_>],
-        _written: &[Vec<Range<u64>>],
-    ) -> Result<(), String> {
+    fn hold(&self, handover: &Handover<'_>) -> Result<(), String> {
+        let Handover { image, userfaults, residents, .. } = handover;
         let Extent { start, pages } = image.extent();
-        let mut line = format!("hold {start} {pages}");
-        userfaults.iter().for_each(|fd| line.push_str(&format!(" {}", fd.as_raw_fd())));
-        self.tell(&line);
+        let mut numbers = vec![u64::from(start), u64::from(pages), userfaults.len() as u64];
+        numbers.extend(userfaults.iter().map(|fd| fd.as_raw_fd() as u64));
+        for ranges in residents.iter() {
+            numbers.push(ranges.len() as u64);
+            numbers.extend(ranges.iter().flat_map(|range| [range.start, range.end]));
+        }
+        let numbers: String = numbers.iter().map(|number| format!(" {number}")).collect();
+        self.tell(&format!("hold{numbers}"));
         self.hear().map(drop).map_err(|error| error.to_string())
     }
 

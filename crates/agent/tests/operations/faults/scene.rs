@@ -3,7 +3,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use medes_agent::RestoreError;
-use medes_agent::dedup::Holder;
+use medes_agent::dedup::{Handover, Holder};
 use medes_agent::restore::{self, AddressSpace, Filling, HeldImage, RestoreBuffers, Served};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
 use medes_sandbox::Cgroup;
-use medes_store::{ImageHandle, View};
+use medes_store::View;
 use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::harness::{Target, pages_of};
@@ -166,17 +166,15 @@ fn fill(
 }
 
 impl Holder for Keeping {
-    fn hold(
-        &self,
-        image: &ImageHandle,
-        userfaults: &[BorrowedFd<'_>],
-        _written: &[Vec<Range<u64>>],
-    ) -> Result<(), String> {
+    fn hold(&self, handover: &Handover<'_>) -> Result<(), String> {
+        let Handover { image, userfaults, residents, .. } = handover;
         let userfaults: io::Result<Vec<OwnedFd>> =
             userfaults.iter().map(|fd| fd.try_clone_to_owned()).collect();
         let userfaults = userfaults.map_err(|error| error.to_string())?;
         let held = HeldImage::open(Arc::clone(&self.view), image.extent(), userfaults);
-        self.take(held.map_err(|error| error.to_string())?)
+        let mut held = held.map_err(|error| error.to_string())?;
+        held.leave(residents.to_vec());
+        self.take(held)
     }
 
     fn release(&self) {

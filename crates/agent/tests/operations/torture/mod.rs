@@ -22,7 +22,7 @@ use medes_memory::tracee::SeizeError;
 use medes_sandbox::Cgroup;
 
 use crate::bench;
-use crate::harness::{Bench, Target, pages_of};
+use crate::harness::{Bench, Target, pages_of, stripes};
 
 /// Tries of a dedup operation until something that comes and goes was not in its way.
 const TRIES: usize = 200;
@@ -94,6 +94,8 @@ struct Counts {
     anew: u64,
     /// Pages that such operations took over.
     reused: u64,
+    /// Pages that such operations left where they were.
+    kept: u64,
 }
 
 /// Takes a subject through dedup and restore as many times as wanted.
@@ -141,6 +143,10 @@ fn run(
 
 impl Torture<'_> {
     fn dedup(&mut self, new_base: bool) -> Deduplicated {
+        *self.bench.residents.lock().unwrap() = match self.random.below(3) {
+            0 => Vec::new(),
+            _ => stripes(&self.target.cgroup, 1 << self.random.below(6)),
+        };
         if !new_base && let Some(before) = &self.before {
             let previous = self.bench.previous(before);
             let cancel = Cancel::default();
@@ -148,6 +154,7 @@ impl Torture<'_> {
                 Ok(done) => {
                     self.counts.again += 1;
                     self.counts.reused += done.counts.reused;
+                    self.counts.kept += done.counts.kept;
                     self.bench.watched.lock().unwrap().clear();
                     self.give_before_back();
                     return done;
