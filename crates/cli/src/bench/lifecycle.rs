@@ -391,8 +391,8 @@ impl Report {
         out.push_str(
             "\nDedup operations: the first of a sandbox, the second after one request, those of the \
              cycles. CPU: of the\nplatform's own processes. PAUSE: the part with threads stopped; a \
-             request waits for a step of it. STAY: pages of\nthe working set that stay, for a restore \
-             to be as fast as it has to be.\n",
+             request waits for a step of it. STAY: pages that\nstay, for a restore to be as fast \
+             as it has to be, and the one or two that the kernel needs.\n",
         );
         out
     }
