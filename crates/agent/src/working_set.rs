@@ -302,7 +302,11 @@ impl WorkingSet {
                     return true;
                 }
                 let is_needed = of_process.contains(page);
-                if is_needed { missed += 1 } else { forgotten += 1 }
+                if is_needed {
+                    missed += 1
+                } else {
+                    forgotten += 1
+                }
                 is_needed
             });
         }
@@ -499,7 +503,7 @@ mod tests {
         let mut set = WorkingSet::default();
         let needs: Vec<u64> = pages(0x40_0000..0x40_0000 + 2000 * PAGE).collect();
         restore(&mut set, &needs, &[]);
-        let mut waited = |set: &mut WorkingSet, needs: &[u64]| -> usize {
+        let waited = |set: &mut WorkingSet, needs: &[u64]| -> usize {
             (0..100).map(|_| restore(set, needs, &[])).sum()
         };
         let (first, second) = (waited(&mut set, &needs), waited(&mut set, &needs));

@@ -168,7 +168,7 @@ impl Testbed {
             let mut operation = std::pin::pin!(node.dedup(sandbox, ROOMY));
             if let Ok(done) = tokio::time::timeout(after, &mut operation).await {
                 done?;
-                node.restore(sandbox, true).await?;
+                node.restore(sandbox, true, None).await?;
                 return Ok(TakenBack::Over);
             }
             let asked = std::time::Instant::now();
@@ -176,7 +176,7 @@ impl Testbed {
             match operation.await {
                 Err(DedupFailure::Cancelled) => Ok(TakenBack::After(asked.elapsed())),
                 Ok(_) => {
-                    node.restore(sandbox, true).await?;
+                    node.restore(sandbox, true, None).await?;
                     Ok(TakenBack::Over)
                 }
                 Err(error) => Err(error.into()),
@@ -194,7 +194,7 @@ impl Testbed {
     /// # Errors
     /// If it is lost.
     pub fn restore(&self, sandbox: SandboxId) -> Result<RestoreReport> {
-        Ok(self.runtime.block_on(self.node().restore(sandbox, true))?)
+        Ok(self.runtime.block_on(self.node().restore(sandbox, true, None))?)
     }
 
     /// Ends a sandbox.

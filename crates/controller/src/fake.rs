@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use medes_core::{FunctionId, FunctionSpec, InvocationError, MemoryUse, SandboxId};
+use medes_core::{FunctionId, FunctionSpec, InvocationError, MemoryUse, RequestId, SandboxId};
 use medes_node::{
     DedupFailure, DedupMode, DedupReport, Invocation, NodeApi, NodeEvent, NodeMemory, Outcome,
     RestoreFailure, RestoreReport, StartFailure,
@@ -37,6 +37,8 @@ pub struct Behaviour {
     pub start_fails: u64,
     /// Restores that fail.
     pub restore_fails: u64,
+    /// Restores of which nobody knows whether they failed.
+    pub restore_unknown: u64,
     /// Dedups after which the sandbox stays warm.
     pub stays_warm: u64,
     /// Whether such a reason is lasting.
@@ -58,6 +60,7 @@ impl Default for Behaviour {
             budget: 0,
             start_fails: 0,
             restore_fails: 0,
+            restore_unknown: 0,
             stays_warm: 0,
             stays_warm_lasting: true,
             dedup_loses: 0,
@@ -90,6 +93,8 @@ struct State {
     violations: Vec<String>,
     forgotten: Vec<FunctionId>,
     filled: Vec<bool>,
+    /// Where requests have begun.
+    begun: HashMap<RequestId, SandboxId>,
     residents: Vec<bool>,
     logs: BTreeMap<String, String>,
 }
@@ -203,6 +208,16 @@ impl FakeNode {
         }
     }
 
+    /// A request begins in a sandbox: it may not begin in another one afterwards.
+    fn note_begun(&self, sandbox: SandboxId, request: RequestId) {
+        let mut state = self.state.lock();
+        let before = state.begun.insert(request, sandbox);
+        if let Some(before) = before.filter(|before| *before != sandbox) {
+            let violation = format!("{request} begins in {sandbox}, after {before}");
+            state.violations.push(violation);
+        }
+    }
+
     fn chance(&self, percent: impl Fn(&Behaviour) -> u64) -> bool {
         let mut state = self.state.lock();
         // xorshift64: good enough to decide what fails, and the same for the same seed.
@@ -278,6 +293,7 @@ impl NodeApi for FakeNode {
     async fn invoke(&self, sandbox: SandboxId, invocation: Invocation) -> Outcome {
         let gone = || failed(InvocationError::Exited { how: "signal: killed".into() }, false);
         let Some(killed) = self.enter(sandbox, Phase::Warm, Phase::Running) else { return gone() };
+        self.note_begun(sandbox, invocation.request);
         let began = Instant::now();
         let order: serde_json::Value =
             serde_json::from_slice(&invocation.payload).unwrap_or_default();
@@ -378,18 +394,29 @@ impl NodeApi for FakeNode {
         &self,
         sandbox: SandboxId,
         fill: bool,
+        first: Option<Invocation>,
     ) -> Result<RestoreReport, RestoreFailure> {
         self.state.lock().filled.push(fill);
-        let gone = || RestoreFailure("it is gone".into());
+        let gone = || RestoreFailure::before("it is gone");
         self.enter(sandbox, Phase::Dedup, Phase::Restoring).ok_or_else(gone)?;
         sleep(Duration::from_millis(self.behaviour().restore_ms)).await;
         if self.chance(|b| b.restore_fails) {
             self.remove(sandbox);
-            return Err(RestoreFailure("a page is missing".into()));
+            return Err(RestoreFailure::before("a page is missing"));
+        }
+        if let Some(first) = first {
+            self.note_begun(sandbox, first.request);
+        }
+        if self.chance(|b| b.restore_unknown) {
+            self.remove(sandbox);
+            return Err(RestoreFailure::unknown("no answer"));
         }
         let report =
             RestoreReport { pages: 7, pages_us: 3, thaw_us: 1, ..RestoreReport::default() };
-        if self.leave(sandbox, Phase::Warm) { Ok(report) } else { Err(gone()) }
+        match self.leave(sandbox, Phase::Warm) {
+            true => Ok(report),
+            false => Err(RestoreFailure::unknown("it is gone")),
+        }
     }
 
     async fn purge(&self, sandbox: SandboxId) {

@@ -73,9 +73,9 @@ impl<N: NodeApi> Controller<N> {
         // A task of its own, for its end has to be noted whatever becomes of the caller.
         let task = tokio::spawn(async move {
             let result = inner
-                .guarded(move |inner| async move { inner.restore_now(sandbox).await })
+                .guarded(move |inner| async move { inner.restore_now(sandbox, None).await })
                 .await
-                .unwrap_or_else(|| Err(RestoreFailure("the node failed".into())));
+                .unwrap_or_else(|| Err(RestoreFailure::unknown("the node failed")));
             inner.change(|t, now| match &result {
                 Ok(_) => t.restored_by_hand(now, sandbox),
                 Err(_) => t.gone(now, sandbox),
@@ -84,7 +84,7 @@ impl<N: NodeApi> Controller<N> {
         });
         match task.await {
             Ok(Ok(report)) => Ok(report),
-            Ok(Err(failure)) => Err(HandError::Lost { sandbox, reason: failure.0 }),
+            Ok(Err(failure)) => Err(HandError::Lost { sandbox, reason: failure.reason }),
             Err(e) => Err(HandError::Lost { sandbox, reason: e.to_string() }),
         }
     }

@@ -31,6 +31,18 @@ pub struct InvokeOptions {
     pub trace: Option<String>,
 }
 
+impl InvokeOptions {
+    fn invocation(&self, deployed: &Deployed, payload: Bytes) -> Invocation {
+        Invocation {
+            request: self.request,
+            payload,
+            timeout_ms: deployed.spec.timeout_ms,
+            client_context: self.client_context.clone(),
+            trace: self.trace.clone(),
+        }
+    }
+}
+
 impl Default for InvokeOptions {
     fn default() -> Self {
         Self {
@@ -92,7 +104,7 @@ impl<N: NodeApi> Inner<N> {
         mut answer: Answer,
     ) {
         let mut timing = Timing::default();
-        let lease = match self.lease(name, options.request, &mut timing, &mut answer).await {
+        let lease = match self.lease(name, &payload, &options, &mut timing, &mut answer).await {
             Ok(Ok(lease)) => lease,
             Ok(Err(mut failed)) => {
                 failed.timing.total_us = micros(options.received);
@@ -120,7 +132,8 @@ impl<N: NodeApi> Inner<N> {
     async fn lease(
         self: &Arc<Self>,
         name: &FunctionName,
-        request: RequestId,
+        payload: &Bytes,
+        options: &InvokeOptions,
         timing: &mut Timing,
         answer: &mut Answer,
     ) -> Result<Result<Lease, InvocationResult>, InvokeError> {
@@ -144,7 +157,8 @@ impl<N: NodeApi> Inner<N> {
                 Grant::Restore { sandbox, deployed } => {
                     timing.queue_us += waited_us;
                     let began = Instant::now();
-                    let restored = self.restore(sandbox).await;
+                    let first = options.invocation(&deployed, payload.clone());
+                    let restored = self.restore(sandbox, first).await;
                     timing.startup_us += micros(began);
                     if restored.is_some() {
                         let start = StartKind::Dedup;
@@ -159,6 +173,7 @@ impl<N: NodeApi> Inner<N> {
                         StartFailure::Sandbox(why) => Err(InvokeError::Sandbox(why)),
                         StartFailure::Init { error, payload } => {
                             self.with(|t, _| t.stats_mut(name).map(|s| s.errors += 1));
+                            let request = options.request;
                             Ok(Err(self.init_failed(&deployed, request, error, payload, *timing)))
                         }
                     };
@@ -204,26 +219,35 @@ impl<N: NodeApi> Inner<N> {
     pub(crate) async fn restore_now(
         self: &Arc<Self>,
         sandbox: SandboxId,
+        first: Option<Invocation>,
     ) -> Result<RestoreReport, RestoreFailure> {
         let fill = self.with(|t, _| t.restores_all());
-        self.node.restore(sandbox, fill).await
+        self.node.restore(sandbox, fill, first).await
     }
 
-    /// Restores a sandbox for a request; `None` if that request needs another one.
-    async fn restore(self: &Arc<Self>, sandbox: SandboxId) -> Option<RestoreReport> {
+    /// Restores a sandbox for its `first` request; `None` if that has certainly not begun in it, and
+    /// needs another one.
+    async fn restore(
+        self: &Arc<Self>,
+        sandbox: SandboxId,
+        first: Invocation,
+    ) -> Option<RestoreReport> {
         let result = self
-            .guarded(move |inner| async move { inner.restore_now(sandbox).await })
+            .guarded(move |inner| async move { inner.restore_now(sandbox, Some(first)).await })
             .await
-            .unwrap_or_else(|| Err(RestoreFailure("the node failed".into())));
+            .unwrap_or_else(|| Err(RestoreFailure::unknown("the node failed")));
         match result {
             Ok(report) => {
                 tracing::debug!(%sandbox, took_us = report.total_us, "restored");
-                self.with(|t, now| t.restored(now, sandbox)).then_some(report)
+                // If it is being purged, the request fails with it.
+                self.with(|t, now| t.restored(now, sandbox));
+                Some(report)
             }
             Err(failure) => {
-                tracing::warn!(%sandbox, error = %failure, "the request gets another sandbox");
+                let again = !failure.may_have_run;
+                tracing::warn!(%sandbox, error = %failure, again, "a restore for a request");
                 self.change(|t, now| t.gone(now, sandbox));
-                None
+                (!again).then(RestoreReport::default)
             }
         }
     }
@@ -239,13 +263,7 @@ impl<N: NodeApi> Inner<N> {
         let Lease { sandbox, deployed, start, restored } = lease;
         let (sandbox, start) = (*sandbox, *start);
         let timeout_ms = deployed.spec.timeout_ms;
-        let invocation = Invocation {
-            request: options.request,
-            payload,
-            timeout_ms,
-            client_context: options.client_context.clone(),
-            trace: options.trace.clone(),
-        };
+        let invocation = options.invocation(deployed, payload);
         let overdue = Duration::from_millis(timeout_ms) + NODE_OVERDUE;
         let lost = |error, execution_us| Outcome {
             payload: Bytes::new(),

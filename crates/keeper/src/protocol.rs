@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Changed whenever the messages change: a daemon does not talk to a keeper of another version.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 /// The longest frame, bytes: a request's payload and its head.
 const MAX_FRAME: u32 = 16 * 1024 * 1024;
@@ -113,6 +113,13 @@ pub enum Command {
         sandbox: SandboxId,
         /// Bring back in the background what nobody touched, if the sandbox is used often.
         fill: bool,
+        /// Hand this to the runtime before it runs; [`Command::Collect`] follows.
+        request: Option<Request>,
+    },
+    /// Wait for the answer to the request that came with the newest restore.
+    Collect {
+        /// The sandbox.
+        sandbox: SandboxId,
     },
     /// Bring all memory of a running sandbox back now, if some is still away, and watch it no
     /// longer.
@@ -262,7 +269,7 @@ pub enum Reply {
     Listed(Vec<Listed>),
     /// To [`Command::Start`]: what came of it.
     Started(Started),
-    /// To [`Command::Invoke`].
+    /// To [`Command::Invoke`] and [`Command::Collect`].
     Answered {
         /// The answer.
         answer: Answer,

@@ -362,6 +362,16 @@ impl Held {
             }
             Memory::Suspended(_) => return Err("the sandbox is being deduplicated".into()),
         }
+        self.hand(&mut state, request, answer)
+    }
+
+    /// Hands a request to the runtime, which may be frozen.
+    fn hand(
+        &self,
+        state: &mut State,
+        request: Request,
+        answer: oneshot::Sender<Answer>,
+    ) -> Result<(), String> {
         let left = request.deadline_ms.saturating_sub(deadline_ms(0));
         state.examined = None;
         self.requests.fetch_add(1, Ordering::AcqRel);
@@ -534,15 +544,17 @@ impl Held {
     }
 
     /// Puts back what must be there and lets the sandbox run; the rest of its memory follows as it
-    /// is touched, and with `fill` in the background if it is used often. When it fails the sandbox
-    /// is killed: it may not run with missing pages that nobody brings. Blocks.
+    /// is touched, and with `fill` in the background if it is used often. The runtime finds `request`
+    /// when it runs. When it fails the sandbox is killed, and has not run: it may not with missing
+    /// pages that nobody brings. Blocks.
     pub(crate) fn restore(
         &self,
         caller: &Caller,
         fill: bool,
+        request: Option<(Request, oneshot::Sender<Answer>)>,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
-        self.bring_back(caller, None, fill, buffers)
+        self.bring_back(caller, None, fill, request, buffers)
     }
 
     /// As [`Held::restore`], while the sandbox's memory is being dropped by somebody who lets it run
@@ -555,7 +567,7 @@ impl Held {
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
         // It is not known whether memory is short: what is used often comes back.
-        self.bring_back(caller, Some(left), true, buffers)
+        self.bring_back(caller, Some(left), true, None, buffers)
     }
 
     fn bring_back(
@@ -563,6 +575,7 @@ impl Held {
         caller: &Caller,
         left: Option<Vec<Vec<Range<u64>>>>,
         fill: bool,
+        request: Option<(Request, oneshot::Sender<Answer>)>,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
         let mut state = self.lock();
@@ -575,6 +588,12 @@ impl Held {
                 return Err("the sandbox is not in the dedup state".into());
             }
         };
+        if let Some((request, answer)) = request
+            && let Err(why) = self.hand(&mut state, request, answer)
+        {
+            state.memory = Memory::Held(image, None);
+            return Err(why);
+        }
         let start = Instant::now();
         let runs = left.is_some();
         left.into_iter().for_each(|left| image.leave(left));

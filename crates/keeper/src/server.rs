@@ -19,7 +19,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::caller::Caller;
 use crate::protocol::{
-    self, Call, Command, Hold, Listed, Message, Reply, Restored, Start, Started, VERSION,
+    self, Answer, Call, Command, Hold, Listed, Message, Reply, Restored, Start, Started, VERSION,
 };
 use crate::returning::Service;
 use crate::sandbox::{Common, Held, News, Settings};
@@ -68,6 +68,7 @@ async fn serve(config: &KeeperConfig, orders: Orders) -> io::Result<()> {
             orders,
         }),
         sandboxes: Mutex::default(),
+        handed: Mutex::default(),
         cgroup: config.cgroup.clone(),
         daemon: Mutex::default(),
         handover: tokio::sync::Mutex::default(),
@@ -149,6 +150,8 @@ struct Shared {
     handover: tokio::sync::Mutex<()>,
     /// The page store's memory file.
     store: Mutex<Option<Arc<View>>>,
+    /// Answers to requests that came with a restore, for whoever asks for them.
+    handed: Mutex<HashMap<SandboxId, oneshot::Receiver<Answer>>>,
     /// Descriptors that a new daemon is about to take.
     listed: Mutex<Vec<OwnedFd>>,
     /// As many as there ever were restores at the same time.
@@ -196,6 +199,7 @@ impl Shared {
         let ended = tokio::task::spawn_blocking(move || {
             daemon.end();
             lock(&shared.listed).clear();
+            lock(&shared.handed).clear();
             let sandboxes: Vec<_> = lock(&shared.sandboxes).values().map(Arc::clone).collect();
             tracing::info!(sandboxes = sandboxes.len(), "the daemon is gone");
             sandboxes.iter().for_each(Held::orphan);
@@ -237,14 +241,22 @@ impl Shared {
                     tokio::spawn(Arc::clone(&self).with_buffers(sandbox, behind));
                 }
                 match sent {
-                    Ok(held) => match answered.await {
-                        Ok(answer) => Reply::Answered { answer, returned: held.returned() },
-                        Err(_) => refused("the sandbox is gone"),
-                    },
+                    Ok(held) => answered_by(Some(&held), answered).await,
                     Err(why) => Reply::Refused(why),
                 }
             }
-            Command::Kill { sandbox } => done(self.find(sandbox).map(|held| held.kill())),
+            Command::Collect { sandbox } => {
+                let handed = lock(&self.handed).remove(&sandbox);
+                match handed {
+                    // If it has ended, its answer says so.
+                    Some(answered) => answered_by(self.find(sandbox).ok().as_ref(), answered).await,
+                    None => refused("no request came with the sandbox's restore"),
+                }
+            }
+            Command::Kill { sandbox } => {
+                lock(&self.handed).remove(&sandbox);
+                done(self.find(sandbox).map(|held| held.kill()))
+            }
             Command::Idle { sandbox } => match self.find(sandbox) {
                 Ok(held) => done(held.idle().await),
                 Err(why) => Reply::Refused(why),
@@ -266,11 +278,23 @@ impl Shared {
             Command::TakeBack { sandbox, left } => {
                 self.take_back(caller, sandbox, left).map_or_else(Reply::Refused, Reply::Restored)
             }
-            Command::Restore { sandbox, fill } => {
+            Command::Restore { sandbox, fill, request } => {
+                let request = request.map(|request| {
+                    let (answer, answered) = oneshot::channel();
+                    lock(&self.handed).insert(sandbox, answered);
+                    (request, answer)
+                });
                 let caller = Arc::clone(caller);
-                let restored =
-                    self.with_buffers(sandbox, move |held, b| held.restore(&caller, fill, b)).await;
-                restored.map_or_else(Reply::Refused, Reply::Restored)
+                let restore = move |held: &Arc<Held>, buffers: &mut RestoreBuffers| {
+                    held.restore(&caller, fill, request, buffers)
+                };
+                match Arc::clone(&self).with_buffers(sandbox, restore).await {
+                    Ok(restored) => Reply::Restored(restored),
+                    Err(why) => {
+                        lock(&self.handed).remove(&sandbox);
+                        Reply::Refused(why)
+                    }
+                }
             }
             Command::Complete { sandbox } => {
                 done(self.with_buffers(sandbox, |held, b| held.complete(b)).await)
@@ -446,6 +470,16 @@ impl Shared {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         tracing::error!("sandboxes are left that could not be killed");
+    }
+}
+
+/// What a sandbox answers, and what memory has come back by then.
+async fn answered_by(held: Option<&Arc<Held>>, answered: oneshot::Receiver<Answer>) -> Reply {
+    match answered.await {
+        Ok(answer) => {
+            Reply::Answered { answer, returned: held.map(|h| h.returned()).unwrap_or_default() }
+        }
+        Err(_) => refused("the sandbox is gone"),
     }
 }
 

@@ -145,8 +145,27 @@ pub struct RestoreReport {
 
 /// A restore failed: the sandbox is gone, for it may not run with missing pages.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("the sandbox could not be restored and was killed: {0}")]
-pub struct RestoreFailure(pub String);
+#[error("the sandbox could not be restored and was killed: {reason}")]
+pub struct RestoreFailure {
+    /// Why.
+    pub reason: String,
+    /// Whether it may have run for a moment all the same, and with it the request that came along.
+    pub may_have_run: bool,
+}
+
+impl RestoreFailure {
+    /// A restore that failed before the sandbox ran.
+    #[must_use]
+    pub fn before(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), may_have_run: false }
+    }
+
+    /// A restore of which nobody knows how far it came.
+    #[must_use]
+    pub fn unknown(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), may_have_run: true }
+    }
+}
 
 /// A sandbox that an earlier node left behind and this one has taken over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -237,11 +256,14 @@ pub trait NodeApi: Send + Sync + 'static {
     fn cancel_dedup(&self, sandbox: SandboxId);
 
     /// Brings a dedup sandbox back to warm. What it does not touch follows in the background if it
-    /// is used often, or, without `fill`, stays deduplicated.
+    /// is used often, or, without `fill`, stays deduplicated. The runtime gets `first` before it runs,
+    /// so that the request does not wait until its caller knows of the restore; [`NodeApi::invoke`]
+    /// with the same request has to follow, and waits for the answer.
     fn restore(
         &self,
         sandbox: SandboxId,
         fill: bool,
+        first: Option<Invocation>,
     ) -> impl Future<Output = Result<RestoreReport, RestoreFailure>> + Send;
 
     /// Ends a sandbox in whatever state it is, and frees all that it holds.

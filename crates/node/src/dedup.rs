@@ -340,7 +340,7 @@ impl Holder for KeeperHolds {
 
     fn put_back(&self) -> Result<(), String> {
         let sandbox = self.sandbox;
-        match self.call(Command::Restore { sandbox, fill: false })? {
+        match self.call(Command::Restore { sandbox, fill: false, request: None })? {
             Reply::Restored(_) => self.order(Command::Complete { sandbox }),
             _ => Err(KeeperError::Protocol.to_string()),
         }

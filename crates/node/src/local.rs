@@ -275,8 +275,9 @@ impl NodeApi for Node {
         &self,
         sandbox: SandboxId,
         fill: bool,
+        first: Option<Invocation>,
     ) -> Result<RestoreReport, RestoreFailure> {
-        self.shared.restore(sandbox, fill).await
+        self.shared.restore(sandbox, fill, first).await
     }
 
     async fn purge(&self, sandbox: SandboxId) {

@@ -96,17 +96,14 @@ impl Shared {
             let how = "the sandbox is gone".to_owned();
             return outcome(begin, Bytes::new(), Some(InvocationError::Exited { how }), false);
         };
-        let request = Request {
-            id: invocation.request,
-            deadline_ms: deadline_ms(invocation.timeout_ms),
-            arn: lambda_arn(entry.name.as_str()),
-            payload: invocation.payload,
-            client_context: invocation.client_context,
-            trace: invocation.trace,
+        let limit = Duration::from_millis(invocation.timeout_ms);
+        let handed = entry.handed.lock().take();
+        let command = match handed {
+            Some(request) if request == invocation.request => Command::Collect { sandbox },
+            _ => Command::Invoke { sandbox, request: request_of(&entry, invocation) },
         };
         let keeper = self.keeper();
-        let mut call = std::pin::pin!(keeper.call(Command::Invoke { sandbox, request }));
-        let limit = Duration::from_millis(invocation.timeout_ms);
+        let mut call = std::pin::pin!(keeper.call(command));
         let Ok(reply) = tokio::time::timeout(limit, &mut call).await else {
             self.kill(sandbox).await;
             return outcome(begin, Bytes::new(), Some(InvocationError::TimedOut), false);
@@ -147,12 +144,17 @@ impl Shared {
         &self,
         sandbox: SandboxId,
         fill: bool,
+        first: Option<Invocation>,
     ) -> Result<RestoreReport, RestoreFailure> {
         let begin = Instant::now();
         let entry = self.table.get(sandbox);
-        let entry = entry.ok_or_else(|| RestoreFailure("the sandbox is gone".into()))?;
-        let failure = match self.keeper().call(Command::Restore { sandbox, fill }).await {
+        let entry = entry.ok_or_else(|| RestoreFailure::before("the sandbox is gone"))?;
+        let handed = first.as_ref().map(|first| first.request);
+        let request = first.map(|first| request_of(&entry, first));
+        let command = Command::Restore { sandbox, fill, request };
+        let failure = match self.keeper().call(command).await {
             Ok(Reply::Restored(done)) => {
+                *entry.handed.lock() = handed;
                 if let Some(dedup) = entry.dedup.lock().as_mut() {
                     dedup.restore = Some(done.number);
                 }
@@ -163,12 +165,24 @@ impl Shared {
                     total_us: micros(begin),
                 });
             }
-            Ok(Reply::Refused(why)) => why,
-            Ok(_) => KeeperError::Protocol.to_string(),
-            Err(error) => error.to_string(),
+            Ok(Reply::Refused(why)) => RestoreFailure::before(why),
+            Ok(_) => RestoreFailure::unknown(KeeperError::Protocol.to_string()),
+            Err(error) => RestoreFailure::unknown(error.to_string()),
         };
         self.kill(sandbox).await;
-        Err(RestoreFailure(failure))
+        Err(failure)
+    }
+}
+
+/// A request as the sandbox's runtime gets it.
+fn request_of(entry: &Entry, invocation: Invocation) -> Request {
+    Request {
+        id: invocation.request,
+        deadline_ms: deadline_ms(invocation.timeout_ms),
+        arn: lambda_arn(entry.name.as_str()),
+        payload: invocation.payload,
+        client_context: invocation.client_context,
+        trace: invocation.trace,
     }
 }
 

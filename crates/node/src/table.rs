@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use medes_agent::dedup::Cancel;
-use medes_core::{DomainId, FunctionId, FunctionName, SandboxId};
+use medes_core::{DomainId, FunctionId, FunctionName, RequestId, SandboxId};
 use medes_memory::userfault::UserFault;
 use medes_sandbox::Cgroup;
 use medes_store::ImageHandle;
@@ -31,6 +31,8 @@ pub(crate) struct Entry {
     pub(crate) gone: AtomicBool,
     /// Set before the sandbox is killed on purpose: its end is no news then.
     pub(crate) doomed: AtomicBool,
+    /// The request that came along with the newest restore, until somebody waits for its answer.
+    pub(crate) handed: Mutex<Option<RequestId>>,
     /// The most private memory that it was seen to have, bytes.
     pub(crate) most_private: AtomicU64,
     /// What a dedup sandbox has in the page store.
@@ -56,6 +58,7 @@ impl Entry {
             operating: Mutex::default(),
             gone: false.into(),
             doomed: false.into(),
+            handed: Mutex::default(),
             most_private: 0.into(),
             dedup: Mutex::new(dedup),
         }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use medes_core::{FunctionId, SandboxId, SandboxState, StartKind};
+use medes_core::{FunctionId, InvocationError, SandboxId, SandboxState, StartKind};
 use medes_node::{Inheritance, InheritedSandbox, NodeApi};
 use tokio::time::sleep;
 
@@ -125,6 +125,25 @@ async fn a_request_takes_a_sandbox_out_of_its_dedup() {
     let r = rig.invoke("f", "3").await.unwrap();
     assert_eq!((r.start, r.sandbox), (StartKind::Dedup, first.sandbox));
     assert_eq!(rig.node.started(), 1);
+    rig.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_may_have_begun_is_not_tried_again() {
+    let rig = Rig::new(|c| c.policy = periods(1_000, 60_000, 60_000));
+    rig.node.behave(|b| b.restore_unknown = 100);
+    rig.deploy("f").await;
+    for _ in 0..2 {
+        rig.invoke("f", r#"{"sleep_ms":10}"#).await.unwrap();
+    }
+    sleep(ms(1_500)).await;
+    assert_eq!(rig.states(), ["dedup"]);
+    let r = rig.invoke("f", "2").await.unwrap();
+    assert!(matches!(r.error, Some(InvocationError::Exited { .. })), "{r:?}");
+    assert_eq!((r.start, rig.node.started(), rig.node.count()), (StartKind::Dedup, 1, 0));
+    // The next one gets another sandbox.
+    let r = rig.invoke("f", "3").await.unwrap();
+    assert_eq!((r.start, r.error), (StartKind::Cold, None));
     rig.end().await;
 }
 

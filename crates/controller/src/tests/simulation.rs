@@ -90,6 +90,7 @@ async fn live(world: World) {
         b.budget = world.budget_mib << 20;
         b.start_fails = world.failing;
         b.restore_fails = world.failing;
+        b.restore_unknown = world.failing;
         b.stays_warm = world.failing;
         b.stays_warm_lasting = false;
         b.dedup_loses = world.failing;
