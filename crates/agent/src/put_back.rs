@@ -161,8 +161,9 @@ impl PutBack<'_> {
     }
 }
 
-/// Puts the working set of a sandbox back, whose processes are `targets`, in the image's order; if it
-/// is large, on several threads. Returns how many pages there were.
+/// Puts back what must be there before a sandbox runs, whose processes are `targets`, in the image's
+/// order: pages of private file mappings, and the working set; if that is large, on several threads.
+/// Returns how many pages there were.
 pub(crate) fn all_beforehand(
     targets: &[PutBack<'_>],
     prefetch: &Prefetch,
@@ -176,7 +177,10 @@ pub(crate) fn all_beforehand(
     let threads = (pages / PAGES_PER_THREAD).clamp(1, THREADS as u64) as usize;
     let helpers = if threads > 1 { Helpers::claim(threads - 1) } else { None };
     let Some(helpers) = helpers else {
-        return ranges().map(|(target, range)| target.beforehand(range, buffers)).sum();
+        let pages = file_pages(targets, buffers)?;
+        let more: Result<u64, _> =
+            ranges().map(|(target, range)| target.beforehand(range, buffers)).sum();
+        return Ok(pages + more?);
     };
     let pieces = ranges().flat_map(|(target, &PrefetchRange { ref range, written })| {
         let slices = slices(range.clone(), BATCH as u64 * PAGE);
@@ -185,7 +189,7 @@ pub(crate) fn all_beforehand(
     let pieces: Vec<(&PutBack<'_>, PrefetchRange)> = pieces.collect();
     let groups = groups(pieces.iter().map(|(_, piece)| page_count(piece)), 1 + helpers.threads);
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let work = |buffers: &mut RestoreBuffers| {
+    let work = |buffers: &mut RestoreBuffers| -> Result<u64, RestoreError> {
         let mut pages = 0;
         while !failed.load(Ordering::Relaxed)
             && let Some(group) = groups.get(next.fetch_add(1, Ordering::Relaxed))
@@ -206,7 +210,10 @@ pub(crate) fn all_beforehand(
         for (answer, buffers) in answers.iter_mut().zip(&mut others) {
             scope.spawn(move |_| *answer = work(buffers));
         }
-        work(buffers)
+        // It takes about as long as the others to begin.
+        let pages = file_pages(targets, buffers);
+        let pages = pages.inspect_err(|_| failed.store(true, Ordering::Relaxed))?;
+        Ok(pages + work(buffers)?)
     });
     buffers.helpers = others;
     answers.into_iter().fold(own, |pages, more| Ok(pages? + more?))
@@ -308,8 +315,14 @@ fn copy_where_mapped(
     }
 }
 
+/// Writes the pages of private file mappings, which userfaultfds do not cover, of all processes.
+fn file_pages(targets: &[PutBack<'_>], buffers: &mut RestoreBuffers) -> Result<u64, RestoreError> {
+    let of_process = |target: &PutBack<'_>| write_file_pages(target.index, target.process, buffers);
+    targets.iter().map(of_process).sum()
+}
+
 /// Writes the pages of private file mappings of a process.
-pub(crate) fn write_file_pages(
+fn write_file_pages(
     index: &ImageIndex,
     process: usize,
     buffers: &mut RestoreBuffers,

@@ -17,7 +17,7 @@ use medes_store::{Extent, View};
 use crate::error::{ESRCH, RestoreError};
 use crate::index::ImageIndex;
 pub use crate::put_back::RestoreBuffers;
-use crate::put_back::{PutBack, Watch, all_beforehand, write_file_pages};
+use crate::put_back::{PutBack, Watch, all_beforehand};
 use crate::view::{AddressView, Belongs, SpaceView};
 use crate::working_set::{Prefetch, PrefetchRange};
 
@@ -144,7 +144,6 @@ impl HeldImage {
             None => ImageIndex::open_again(self.view, self.image)?,
         };
         let index = Arc::new(index);
-        let mut pages = 0;
         let mut spaces = Vec::with_capacity(self.userfaults.len());
         for (process, userfault) in self.userfaults.into_iter().enumerate() {
             let table = &index.table().processes[process];
@@ -170,13 +169,12 @@ impl HeldImage {
                     view.forget(hole);
                 }
             }
-            pages += write_file_pages(&index, process, buffers)?;
             let space = AddressSpace::new(&index, process, false, userfault, view);
             spaces.push(Arc::new(space));
         }
         let states: Vec<_> = spaces.iter().map(|space| space.lock()).collect();
         let targets = spaces.iter().zip(&states).map(|(space, state)| space.put_back(state));
-        pages += all_beforehand(&targets.collect::<Vec<_>>(), working_set, buffers)?;
+        let pages = all_beforehand(&targets.collect::<Vec<_>>(), working_set, buffers)?;
         drop(states);
         Ok(Revived { spaces, pages })
     }

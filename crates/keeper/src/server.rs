@@ -284,11 +284,12 @@ impl Shared {
                     lock(&self.handed).insert(sandbox, answered);
                     (request, answer)
                 });
-                let caller = Arc::clone(caller);
-                let restore = move |held: &Arc<Held>, buffers: &mut RestoreBuffers| {
-                    held.restore(&caller, fill, request, buffers)
-                };
-                match Arc::clone(&self).with_buffers(sandbox, restore).await {
+                // A request waits for this one, and would for another thread to wake.
+                let restored = tokio::task::block_in_place(|| {
+                    let held = self.find(sandbox)?;
+                    self.lend_buffers(|buffers| held.restore(caller, fill, request, buffers))
+                });
+                match restored {
                     Ok(restored) => Reply::Restored(restored),
                     Err(why) => {
                         lock(&self.handed).remove(&sandbox);
