@@ -213,7 +213,7 @@ pub fn measure(
         sensitivity,
         requests: Requests { base: BASE_REQUESTS, others: REQUESTS },
         answers_checked,
-        circumstances,
+        circumstances: circumstances.until_now(),
     })
 }
 

@@ -202,7 +202,7 @@ pub fn measure(
         functions: figures.collect(),
         layout: plan.layout,
         rounds: plan.rounds,
-        circumstances,
+        circumstances: circumstances.until_now(),
     })
 }
 

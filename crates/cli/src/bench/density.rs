@@ -190,9 +190,9 @@ impl DensityCommand {
                 return Err(error.context(format!("the platform's log ends with\n{tail}")).into());
             }
         };
+        report.circumstances = circumstances.until_now();
         bench.close()?;
-        report.circumstances = circumstances;
-        self.front.publish(&report, || report.human())?;
+        self.front.publish(&report, &report.circumstances, || report.human())?;
         conclude(report.functions.iter().map(|f| (f.name.as_str(), &f.checked)))
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use medes_bench::examples::{Case, Example};
-use medes_bench::machine::Circumstances;
+use medes_bench::machine::{Circumstances, ProcessorTime};
 use medes_core::{FunctionName, SandboxId, StartKind};
 use medes_node::DedupReport;
 use nix::time::clock_getcpuclockid;
@@ -91,6 +91,8 @@ struct FunctionReport {
     /// Memory of the sandbox before and after its newest dedup.
     warm_bytes: u64,
     dedup_bytes: u64,
+    /// [`Circumstances::stolen_percent`] while this was measured.
+    stolen_percent: Option<f64>,
     #[serde(flatten)]
     checked: Checked,
 }
@@ -193,6 +195,7 @@ impl LifecycleCommand {
                 line,
                 samples: Samples::default(),
                 checked: Checked::default(),
+                began: ProcessorTime::now(),
             };
             if let Err(error) = course.run(fresh, cycled) {
                 course.checked.problem.get_or_insert(format!("{error:#}"));
@@ -203,9 +206,10 @@ impl LifecycleCommand {
                 break;
             }
         }
+        let circumstances = circumstances.until_now();
         bench.close()?;
         let report = Report { functions: reports, cycles, circumstances };
-        self.front.publish(&report, || report.human())?;
+        self.front.publish(&report, &report.circumstances, || report.human())?;
         conclude(report.functions.iter().map(|f| (f.name.as_str(), &f.checked)))
     }
 }
@@ -217,6 +221,7 @@ struct Course<'a> {
     line: &'a mut Line,
     samples: Samples,
     checked: Checked,
+    began: ProcessorTime,
 }
 
 impl Course<'_> {
@@ -338,6 +343,7 @@ impl Course<'_> {
             },
             warm_bytes: newest.before.total(),
             dedup_bytes: newest.after.total(),
+            stolen_percent: self.began.stolen_percent(),
             checked: self.checked,
         }
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use medes_bench::examples::{Case, Example, Manifest, Source};
+use medes_bench::machine::Circumstances;
 use medes_core::SandboxId;
 use medes_node::DedupReport;
 use serde::{Deserialize, Serialize};
@@ -127,15 +128,21 @@ impl FrontArgs {
     ///
     /// # Errors
     /// If the file can't be written.
-    pub fn publish(&self, report: &impl Serialize, human: impl FnOnce() -> String) -> Result<()> {
+    pub fn publish(
+        &self,
+        report: &impl Serialize,
+        circumstances: &Circumstances,
+        human: impl FnOnce() -> String,
+    ) -> Result<()> {
         let text = serde_json::to_string_pretty(report)? + "\n";
+        let human = || format!("\n{}{}", human(), circumstances.note());
         match &self.json {
             Some(file) if file.as_os_str() == "-" => print(&text),
             Some(file) => {
                 std::fs::write(file, text).with_context(|| file.display().to_string())?;
-                print(&format!("\n{}", human()));
+                print(&human());
             }
-            None => print(&format!("\n{}", human())),
+            None => print(&human()),
         }
         Ok(())
     }

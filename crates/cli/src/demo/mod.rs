@@ -157,7 +157,7 @@ impl DemoCommand {
             functions: reports,
             sandboxes: plan.sandboxes,
             cycles: plan.cycles,
-            circumstances,
+            circumstances: circumstances.until_now(),
         })
     }
 

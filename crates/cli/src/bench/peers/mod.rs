@@ -254,9 +254,10 @@ impl PeersCommand {
                 break;
             }
         }
+        let circumstances = circumstances.until_now();
         bench.close()?;
         let report = Report { functions, sandboxes, cycles, circumstances };
-        self.front.publish(&report, || report.human())?;
+        self.front.publish(&report, &report.circumstances, || report.human())?;
         conclude(report.functions.iter().map(|f| (f.name.as_str(), &f.checked)))
     }
 }
