@@ -33,6 +33,9 @@ pub struct KernelFeatures {
     pub procmap_query: bool,
     /// A process can drop many ranges of its own in one call (6.14); without it, one call each.
     pub process_madvise_self: bool,
+    /// Guard regions, which such a call makes and lifts and the page map tells of (6.15); without
+    /// them, the kernel reports each range that is dropped.
+    pub guard_regions: bool,
     /// `PTRACE_GET_RSEQ_CONFIGURATION` (5.13), or no restartable sequences at all.
     pub rseq_configuration: bool,
     /// `pidfd_getfd` (5.6).
@@ -73,6 +76,7 @@ impl KernelFeatures {
             pagemap_scan: crate::pages::scan_supported(),
             procmap_query: procmap_query(),
             process_madvise_self: own_pidfd_for_madvise().is_some(),
+            guard_regions: guard_regions(),
             rseq_configuration: version >= (5, 13) || !kernel_has_rseq(),
             pidfd_getfd: pidfd_getfd(),
             forced_writes: forced_writes(),
@@ -149,6 +153,12 @@ impl KernelFeatures {
                 "install Linux 6.14 or later for faster dropping",
                 false,
             ),
+            (
+                self.guard_regions,
+                "guard regions",
+                "install Linux 6.15 or later for faster dropping",
+                false,
+            ),
         ];
         let mut missing: Vec<_> = all
             .into_iter()
@@ -182,26 +192,24 @@ fn release() -> String {
 pub(crate) fn own_pidfd_for_madvise() -> Option<RawFd> {
     static FOUND: OnceLock<Option<RawFd>> = OnceLock::new();
     *FOUND.get_or_init(|| {
-        [sys::PIDFD_SELF_THREAD_GROUP, sys::PIDFD_SELF_THREAD_GROUP_OLD].into_iter().find(
-            |&pidfd| {
-                let Ok(page) = OwnPage::map(libc::PROT_READ | libc::PROT_WRITE) else {
-                    return false;
-                };
-                let vector = libc::iovec { iov_base: page.0.cast(), iov_len: PAGE_SIZE as usize };
-                // SAFETY: drops a page that nothing but `page` refers to.
-                let result = unsafe {
-                    libc::syscall(
-                        libc::SYS_process_madvise,
-                        pidfd,
-                        &vector,
-                        1,
-                        libc::MADV_DONTNEED,
-                        0,
-                    )
-                };
-                result == PAGE_SIZE as i64
-            },
-        )
+        let page = OwnPage::map(libc::PROT_READ | libc::PROT_WRITE).ok()?;
+        [sys::PIDFD_SELF_THREAD_GROUP, sys::PIDFD_SELF_THREAD_GROUP_OLD]
+            .into_iter()
+            .find(|&pidfd| page.takes(pidfd, libc::MADV_DONTNEED))
+    })
+}
+
+/// Whether a process can make guard regions of its own pages so, and lift them, and the page map tells
+/// them from pages.
+pub(crate) fn guard_regions() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let advice = [sys::MADV_GUARD_INSTALL, sys::MADV_GUARD_REMOVE];
+        let taken = |pidfd| {
+            let page = OwnPage::map(libc::PROT_READ | libc::PROT_WRITE);
+            page.is_ok_and(|page| advice.into_iter().all(|advice| page.takes(pidfd, advice)))
+        };
+        crate::pages::guards_are_reported() && own_pidfd_for_madvise().is_some_and(taken)
     })
 }
 
@@ -225,6 +233,16 @@ impl OwnPage {
             return Err(io::Error::last_os_error());
         }
         Ok(Self(address.cast()))
+    }
+
+    /// Whether `process_madvise` takes an advice on the page from the process that `pidfd` names, which
+    /// is this one.
+    fn takes(&self, pidfd: RawFd, advice: i32) -> bool {
+        let vector = libc::iovec { iov_base: self.0.cast(), iov_len: PAGE_SIZE as usize };
+        // SAFETY: changes a page that nothing but `self` refers to, and that nobody reads or writes.
+        let result =
+            unsafe { libc::syscall(libc::SYS_process_madvise, pidfd, &vector, 1, advice, 0) };
+        result == PAGE_SIZE as i64
     }
 }
 

@@ -394,6 +394,12 @@ pub(crate) fn scan_supported() -> bool {
     File::open("/proc/self/pagemap").is_ok_and(|pagemap| probe(&pagemap) != Method::Pagemap)
 }
 
+/// Whether this kernel's `PAGEMAP_SCAN` tells guard regions from pages (6.15).
+pub(crate) fn guards_are_reported() -> bool {
+    File::open("/proc/self/pagemap")
+        .is_ok_and(|pagemap| probe(&pagemap) == Method::Scan { guard: true })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

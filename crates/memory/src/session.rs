@@ -5,6 +5,7 @@
 //! group again and lets go. A process whose pages were dropped runs no instruction in between
 //! and none afterwards, until the caller thaws the group; if that cannot be had, it is killed.
 
+use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 
@@ -68,6 +69,9 @@ pub enum SessionError {
     /// A process could not be led back to where it was.
     #[error(transparent)]
     Inject(#[from] InjectError),
+    /// A process can't reach memory of its own any more; it was killed.
+    #[error(transparent)]
+    Guarded(DropError),
     /// The group could not be frozen, thawed or listed.
     #[error("{operation} the group of processes: {source}")]
     Freezer {
@@ -82,8 +86,8 @@ pub enum SessionError {
 }
 
 /// Why memory could not be evicted. Registered ranges stay registered, dropped pages dropped;
-/// the caller has the content of every page and puts back what it was to drop, unless it is
-/// [`EvictError::Replace`].
+/// the caller has the content of every page and puts back what it was to drop, unless the process
+/// was killed ([`EvictError::is_fatal`]).
 #[derive(Debug, thiserror::Error)]
 pub enum EvictError {
     /// The process is not in this session.
@@ -105,13 +109,22 @@ pub enum EvictError {
     },
 }
 
+impl EvictError {
+    /// Whether the process was killed, because its memory can't be had back any more.
+    #[must_use]
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Self::Replace { .. } | Self::Drop(DropError::Guarded { .. }))
+    }
+}
+
 /// What to drop of one process.
 #[derive(Debug, Clone, Default)]
 pub struct Eviction {
     /// Mappings to register, each wholly. Ranges registered already are left out of it.
     pub register: Vec<Range<u64>>,
     /// Ranges of anonymous memory to drop, within registered mappings; without the pages that
-    /// must stay ([`SeizedProcess::rseq_areas`]).
+    /// must stay ([`SeizedProcess::rseq_areas`]), and without guard regions of the process's own
+    /// ([`drop::is_quiet`]).
     pub anonymous: Vec<Range<u64>>,
     /// Ranges of private file mappings to drop. The caller holds their private pages' content.
     pub file: Vec<Range<u64>>,
@@ -148,8 +161,13 @@ pub struct Session<F: Freezer> {
     processes: Vec<SeizedProcess>,
     /// Processes that lack pages.
     lacking: Vec<i32>,
+    /// For each process that has any, the guard regions that dropping has left.
+    guarded: HashMap<i32, Vec<Range<u64>>>,
     closed: bool,
 }
+
+/// How many guard regions a process may have before they are lifted: it takes the kernel 0.1 ms.
+const GUARDED: usize = 256;
 
 impl<F: Freezer> Session<F> {
     /// Freezes the group, stops every process in it and thaws the group under them. The calling
@@ -181,7 +199,8 @@ impl<F: Freezer> Session<F> {
             }
         }
         freezer.thaw().map_err(failed("thawing"))?;
-        Ok(Self { freezer, processes, lacking: Vec::new(), closed: false })
+        let (lacking, guarded) = (Vec::new(), HashMap::new());
+        Ok(Self { freezer, processes, lacking, guarded, closed: false })
     }
 
     /// The stopped processes.
@@ -221,12 +240,28 @@ impl<F: Freezer> Session<F> {
     /// # Errors
     /// [`SessionError::Inject`].
     pub fn settle(&mut self) -> Result<(), SessionError> {
+        self.lift().map_err(SessionError::Guarded)?;
         self.processes.iter_mut().try_for_each(SeizedProcess::settle)?;
         Ok(())
     }
 
+    /// Has what was dropped so far be missing: until then reaching for it is an error. Ending injected
+    /// work does the same.
+    ///
+    /// # Errors
+    /// [`DropError::Guarded`].
+    pub fn lift(&mut self) -> Result<(), DropError> {
+        let mut result = Ok(());
+        for process in &mut self.processes {
+            if let Some(guarded) = self.guarded.remove(&process.pid()) {
+                result = result.and(drop::lift(process, &guarded));
+            }
+        }
+        result
+    }
+
     /// Registers mappings and drops pages, in this order. What the kernel does not let be
-    /// registered stays resident.
+    /// registered stays resident. What was dropped has yet to be [lifted](Session::lift).
     ///
     /// # Errors
     /// See [`EvictError`].
@@ -256,7 +291,12 @@ impl<F: Freezer> Session<F> {
             eviction.anonymous.iter().filter(|range| userfault.covers(range)).cloned().collect();
         // From here on the process may lack pages, even if a call fails half way.
         self.lacking.push(pid);
-        evicted.anonymous = drop::drop_pages(process, userfault, &anonymous)?;
+        let guarded = self.guarded.entry(pid).or_default();
+        let dropped = drop::drop_pages(process, userfault, &anonymous, guarded);
+        if guarded.len() > GUARDED {
+            drop::lift(process, &std::mem::take(guarded))?;
+        }
+        evicted.anonymous = dropped?;
         evicted.file = drop::drop_file_pages(process, &eviction.file)?;
         for Replacement { range, protection } in &eviction.replace {
             let replaced = drop::replace_file_mapping(process, range, *protection)
@@ -306,7 +346,7 @@ impl<F: Freezer> Session<F> {
 
     /// Ends injected work everywhere; where that fails, kills who lacks pages.
     fn settle_all(&mut self) -> Result<(), SessionError> {
-        let mut result = Ok(());
+        let mut result = self.lift().map_err(SessionError::Guarded);
         for process in &mut self.processes {
             match process.settle() {
                 Ok(()) | Err(InjectError::Gone(_)) => {}

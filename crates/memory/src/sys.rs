@@ -38,6 +38,10 @@ pub const PIDFD_SELF_THREAD_GROUP_OLD: RawFd = -20000;
 
 /// `madvise` advice: drop pages even of locked mappings (5.18).
 pub const MADV_DONTNEED_LOCKED: i32 = 24;
+/// `madvise` advice: pages are dropped, and touching them is an error from now on (6.13).
+pub const MADV_GUARD_INSTALL: i32 = 102;
+/// `madvise` advice: lifts what [`MADV_GUARD_INSTALL`] did; the pages are missing then.
+pub const MADV_GUARD_REMOVE: i32 = 103;
 
 /// Runs a system call that returns -1 with errno.
 pub fn check(result: i64) -> io::Result<i64> {

@@ -19,13 +19,24 @@ use crate::plan::{MappingKind, MappingPlan, Plan, ProcessPlan};
 
 /// How long the kernel may work between two looks at whether a request wants the sandbox,
 /// nanoseconds, going by what its work usually takes.
-const STEP_NS: u64 = 90_000;
+const STEP_NS: u64 = 150_000;
 
-/// Dropping a page, nanoseconds.
-const PAGE_NS: u64 = 800;
+/// What dropping takes the kernel.
+#[derive(Clone, Copy)]
+struct Costs {
+    /// Dropping a page, nanoseconds.
+    page_ns: u64,
+    /// Dropping a range, however few pages it has, nanoseconds.
+    range_ns: u64,
+    /// Whether a hole costs less than one more range.
+    joins: bool,
+}
 
-/// Dropping a range, however few pages it has, nanoseconds: the kernel reports each.
-const RANGE_NS: u64 = 10_000;
+/// Where the kernel reports each range.
+const REPORTED: Costs = Costs { page_ns: 800, range_ns: 10_000, joins: true };
+
+/// Where it does not ([`medes_memory::drop::is_quiet`]).
+const QUIET: Costs = Costs { page_ns: 500, range_ns: 3_000, joins: false };
 
 /// Putting anonymous memory in the place of a file mapping, nanoseconds.
 const REPLACE_NS: u64 = 22_000;
@@ -188,7 +199,9 @@ impl Operation<'_> {
             return Err(DedupError::Lost(format!("telling the holder what is left: {why}")));
         }
         let closed = session.close();
-        if let Err(error @ EvictError::Replace { .. }) = &dropped {
+        if let Err(error) = &dropped
+            && error.is_fatal()
+        {
             return Err(DedupError::Lost(error.to_string()));
         }
         if let Err(error) = &dropped {
@@ -273,10 +286,12 @@ impl Operation<'_> {
         kept: &[Vec<Range<u64>>],
         userfaults: &mut [UserFault],
     ) -> Result<Vec<Vec<Range<u64>>>, EvictError> {
+        let costs = if medes_memory::drop::is_quiet() { QUIET } else { REPORTED };
         let mut left = Vec::with_capacity(plan.processes.len());
         for (n, (process, userfault)) in plan.processes.iter().zip(userfaults).enumerate() {
             let mut of_process = Vec::new();
-            for mut step in steps(process, |range| registered.includes(n, range), &kept[n]) {
+            let is_registered = |range: &Range<u64>| registered.includes(n, range);
+            for mut step in steps(process, is_registered, &kept[n], costs) {
                 let goes = !self.cancel.is_requested();
                 if goes {
                     step.register.retain(|range| !userfault.covers(range));
@@ -297,6 +312,7 @@ impl Operation<'_> {
             }
             left.push(of_process);
         }
+        session.lift()?;
         Ok(left)
     }
 }
@@ -367,6 +383,7 @@ fn steps(
     process: &ProcessPlan,
     is_registered: impl Fn(&Range<u64>) -> bool,
     kept: &[Range<u64>],
+    Costs { page_ns, range_ns, joins }: Costs,
 ) -> Vec<Eviction> {
     let (mut steps, mut step, mut cost) = (Vec::new(), Eviction::default(), 0);
     for mapping in &process.mappings {
@@ -383,21 +400,21 @@ fn steps(
         };
         match mapping.kind {
             MappingKind::Replaced(protection) => {
-                let costs = REPLACE_NS + pages(mapping) * PAGE_NS;
+                let costs = REPLACE_NS + pages(mapping) * page_ns;
                 begins(&mut step, costs);
                 step.replace.push(Replacement { range, protection });
             }
             MappingKind::File => {
-                let costs = RANGE_NS * mapping.runs.len() as u64 + pages(mapping) * PAGE_NS;
+                let costs = range_ns * mapping.runs.len() as u64 + pages(mapping) * page_ns;
                 begins(&mut step, costs);
                 let runs = mapping.runs.iter().map(PageRun::range);
                 step.file.extend(runs.flat_map(|run| without(run.clone(), near(kept, &run))));
             }
             MappingKind::Anonymous if is_registered(&range) => {
                 step.register.push(range);
-                for piece in pieces(mapping, (STEP_NS - RANGE_NS) / PAGE_NS) {
+                for piece in pieces(mapping, (STEP_NS - range_ns) / page_ns, joins) {
                     for part in without(piece.clone(), near(kept, &piece)) {
-                        begins(&mut step, RANGE_NS + page_count(&mapping.there, &part) * PAGE_NS);
+                        begins(&mut step, range_ns + page_count(&mapping.there, &part) * page_ns);
                         step.anonymous.push(part);
                     }
                 }
@@ -414,14 +431,16 @@ fn page_count(there: &[Range<u64>], range: &Range<u64>) -> u64 {
     within(range, there).iter().map(|part| (part.end - part.start) / PAGE_SIZE as u64).sum()
 }
 
-/// What is there of a mapping in pieces of at most `most` pages. Between its pages there may be
-/// space: going over it costs next to nothing, one piece more does.
-fn pieces(mapping: &MappingPlan, most: u64) -> Vec<Range<u64>> {
+/// What is there of a mapping in pieces of at most `most` pages. Between the pages of one there is
+/// space only if it `joins` them.
+fn pieces(mapping: &MappingPlan, most: u64, joins: bool) -> Vec<Range<u64>> {
     let mut pieces: Vec<(Range<u64>, u64)> = Vec::new();
     for range in &mapping.there {
         let mut at = range.start;
         while at < range.end {
-            if pieces.last().is_none_or(|(_, pages)| *pages == most) {
+            let full =
+                |(piece, pages): &(Range<u64>, u64)| *pages == most || !joins && piece.end != at;
+            if pieces.last().is_none_or(full) {
                 pieces.push((at..at, 0));
             }
             if let Some((piece, pages)) = pieces.last_mut() {
@@ -498,8 +517,9 @@ mod tests {
         mappings.extend((0..100).map(replaced));
         let process = ProcessPlan { pid: 1, mappings };
         let kept = whole.start + 5 * PAGE..whole.start + 6 * PAGE;
-        let all = steps(&process, |range| *range != not, std::slice::from_ref(&kept));
-        let least = ((1000 + 3000 + 500) * PAGE_NS + 100 * REPLACE_NS) / STEP_NS;
+        let costs = REPORTED;
+        let all = steps(&process, |range| *range != not, std::slice::from_ref(&kept), costs);
+        let least = ((1000 + 3000 + 500) * costs.page_ns + 100 * REPLACE_NS) / STEP_NS;
         assert!(all.len() as u64 >= least, "{} steps", all.len());
         let mut dropped: Vec<_> = all.iter().flat_map(|step| step.anonymous.clone()).collect();
         dropped.sort_unstable_by_key(|range| range.start);
@@ -527,6 +547,7 @@ mod tests {
         fn pieces_hold_all_that_is_there(
             gaps in prop::collection::vec((0..20u64, 1..50u32), 0..20),
             most in 1..60u64,
+            joins: bool,
         ) {
             let (mut at, mut runs) = (0, Vec::new());
             for (gap, pages) in gaps {
@@ -534,12 +555,13 @@ mod tests {
                 at += gap + u64::from(pages);
             }
             let mapping = mapping(MappingKind::Anonymous, 0x1000, at + 7, &runs);
-            let pieces = pieces(&mapping, most);
+            let pieces = pieces(&mapping, most, joins);
             prop_assert!(pieces.windows(2).all(|two| two[0].end <= two[1].start));
             let mut all = 0;
             for range in &pieces {
                 let pages = page_count(&mapping.there, range);
                 prop_assert!(pages <= most && range.start < range.end);
+                prop_assert!(joins || pages * PAGE == range.end - range.start);
                 all += pages;
             }
             prop_assert_eq!(all, runs.iter().map(|(_, pages)| u64::from(*pages)).sum::<u64>());

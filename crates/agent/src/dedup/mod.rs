@@ -379,6 +379,9 @@ impl Operation<'_> {
         holder: &dyn Holder,
         previous: Option<&Previous>,
     ) -> Result<Deduplicated, DedupError> {
+        // The threads of the sandbox come first on the processor that they share with this one, so that
+        // it does not spin while it waits for them; a request has this one hurry.
+        medes_memory::priority::lower_this_thread();
         let _operating = self.cancel.operating();
         let mut standing = Standing::new(freezer, holder, self.cancel);
         match self.run(&mut standing, previous) {

@@ -163,3 +163,73 @@ fn a_copy_over_a_border_that_appeared_later_is_split() {
     });
     assert_eq!(target.ask("alive?"), "ok");
 }
+
+#[test]
+fn what_is_dropped_is_not_reported_where_the_kernel_can_do_without() {
+    use medes_memory::drop::{drop_pages, is_quiet, lift};
+    use medes_memory::pages::{PageClass, PageRun, PageScanner};
+    use medes_memory::tracee::ThreadGroup;
+    use medes_memory::userfault::{CopyMode, RegisterMode};
+    const MADV_GUARD_INSTALL: u64 = 102;
+    if !is_quiet() {
+        println!("skipped: this kernel has no guard regions that it tells of (Linux 6.15)");
+        return;
+    }
+    let mut target = Target::spawn("idle");
+    on_tracer_thread(|| {
+        const PAGES: u64 = 16;
+        let mut process = ThreadGroup::seize(target.pid, &SeizeOptions::default()).unwrap();
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let map = [0, PAGES * 4096, 3, flags, u64::MAX, 0];
+        let start = process.call("mmap", libc::SYS_mmap, map).unwrap();
+        let pages =
+            |pages: std::ops::Range<u64>| start + pages.start * 4096..start + pages.end * 4096;
+        let options =
+            UserFaultOptions { features: UserFaultFeatures::EVENTS, ..Default::default() };
+        let mut userfault = UserFault::create(&mut process, &options).unwrap();
+        userfault.register(pages(0..PAGES), RegisterMode::Missing).unwrap();
+        let content = vec![1; (PAGES * 4096) as usize];
+        let fill = |userfault: &UserFault, pages: std::ops::Range<u64>| {
+            let content = &content[..(pages.end - pages.start) as usize];
+            userfault.copy(pages.start, content, CopyMode::default()).unwrap().filled / 4096
+        };
+        let there = || {
+            let (mut scanner, mut there) = (PageScanner::open(target.pid).unwrap(), Vec::new());
+            scanner.scan_range(pages(0..PAGES), PageClass::Anonymous, &mut there).unwrap();
+            there.iter().map(PageRun::range).collect::<Vec<_>>()
+        };
+        assert_eq!(fill(&userfault, pages(0..PAGES)), PAGES);
+        // The program has a guard region of its own.
+        let own = [start + 3 * 4096, 4096, MADV_GUARD_INSTALL, 0, 0, 0];
+        process.call("madvise", libc::SYS_madvise, own).unwrap();
+        let can_be_read = |page| {
+            let run =
+                PageRun { start: pages(page..PAGES).start, pages: 1, class: PageClass::Anonymous };
+            medes_memory::reader::read_pages(target.pid, &[run], &mut [0; 4096]).is_ok()
+        };
+        let (mut guarded, dropped) = (Vec::new(), [pages(0..3), pages(4..8), pages(10..16)]);
+        drop_pages(&mut process, &mut userfault, &dropped, &mut guarded).unwrap();
+        assert_eq!(guarded, dropped);
+        assert_eq!(there(), [pages(8..10)]);
+        assert!(!can_be_read(0) && !can_be_read(3) && can_be_read(8));
+        lift(&mut process, &guarded).unwrap();
+        assert_eq!(there(), [pages(8..10)]);
+        let mut events = Vec::new();
+        userfault.read_events(&mut events).unwrap();
+        assert!(events.is_empty(), "{events:?}");
+        assert_eq!(fill(&userfault, pages(0..3)) + fill(&userfault, pages(4..16)), PAGES - 3);
+        assert!(can_be_read(0) && !can_be_read(3), "the program's own guard region stays");
+
+        // Locked memory can't be guarded; what comes before it is.
+        let lock = [start + 6 * 4096, 4096, 0, 0, 0, 0];
+        process.call("mlock", libc::SYS_mlock, lock).unwrap();
+        let dropped = [pages(0..3), pages(6..7), pages(12..14)];
+        guarded.clear();
+        drop_pages(&mut process, &mut userfault, &dropped, &mut guarded).unwrap();
+        lift(&mut process, &guarded).unwrap();
+        assert_eq!(there(), [pages(4..6), pages(7..12), pages(14..16)]);
+        userfault.unregister_all().unwrap();
+        process.call("munmap", libc::SYS_munmap, [start, PAGES * 4096, 0, 0, 0, 0]).unwrap();
+    });
+    assert_eq!(target.ask("alive?"), "ok");
+}

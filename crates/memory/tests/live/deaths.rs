@@ -151,9 +151,10 @@ fn what_is_not_registered_is_not_dropped() {
         let before = private_bytes(pid);
         let mut userfault =
             medes_memory::userfault::UserFault::create(&mut process, &Default::default()).unwrap();
-        let error =
-            medes_memory::drop::drop_pages(&mut process, &mut userfault, &plan.eviction.anonymous)
-                .unwrap_err();
+        let (ranges, mut guarded) = (&plan.eviction.anonymous, Vec::new());
+        let drop_pages = medes_memory::drop::drop_pages;
+        let error = drop_pages(&mut process, &mut userfault, ranges, &mut guarded).unwrap_err();
+        assert_eq!(guarded, []);
         assert!(error.to_string().contains("is not registered"), "{error}");
         assert!(private_bytes(pid) >= before);
     });
