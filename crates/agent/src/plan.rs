@@ -2,11 +2,13 @@
 
 use std::io;
 use std::ops::Range;
+use std::thread::Scope;
 
 use medes_memory::PAGE_SIZE;
 use medes_memory::mappings::{Mapping, Mappings};
 use medes_memory::obstacle::{Obstacle, ObstacleOptions, find_mapping_obstacles, find_obstacles};
 use medes_memory::pages::{PageClass, PageRun, PageScanner, PrivatePages};
+use medes_memory::priority::spawn_elsewhere;
 use medes_memory::ranges::{near, overlap, within, without};
 use medes_memory::reader::read_pages;
 
@@ -144,30 +146,17 @@ impl Plan {
         Ok(())
     }
 
-    /// Looks at the memory of frozen processes. Nothing is changed. `spaces` says, of processes that were
-    /// restored from an image and have been watched since, what of it is still theirs: one for
-    /// each, by process id. `residents` says, for each process, what of it shall stay if it is there, in
-    /// order. `stop` is asked again and again whether to give up.
+    /// A plan for frozen processes that were not restored from an image. Nothing of them is changed.
+    /// `stop` is asked again and again whether to give up.
     ///
     /// # Errors
     /// [`PlanError`]: the first thing that stands in the way.
-    pub fn of(
-        pids: &[i32],
-        spaces: Option<&[SpaceView]>,
-        residents: &[Vec<Range<u64>>],
-        stop: Stop<'_>,
-    ) -> Result<Self, PlanError> {
-        let mut pids = pids.to_vec();
-        pids.sort_unstable();
-        if spaces.is_some_and(|spaces| spaces.len() != pids.len()) {
-            return Err(PlanError::OtherProcesses);
-        }
-        let space = |n: usize| spaces.and_then(|spaces| spaces.get(n));
-        let stay = |n: usize| residents.get(n).map_or(&[][..], Vec::as_slice);
-        let process = |(n, pid): (usize, &i32)| ProcessPlan::of(*pid, space(n), stay(n), stop);
-        let processes = pids.iter().enumerate().map(process);
-        let processes = processes.collect::<Result<Vec<_>, _>>()?;
-        if processes.is_empty() { Err(PlanError::Nothing) } else { Ok(Self { processes }) }
+    pub fn of(pids: &[i32], stop: Stop<'_>) -> Result<Self, PlanError> {
+        std::thread::scope(|scope| {
+            let flags = Flags::reading(scope, pids, stop);
+            let look = Look::at(pids, None, &[], stop)?;
+            look.plan(Some(&flags()?))
+        })
     }
 
     /// How many pages are to be read and encoded.
@@ -207,56 +196,125 @@ impl Plan {
     }
 }
 
-impl ProcessPlan {
-    fn of(
-        pid: i32,
-        space: Option<&SpaceView>,
-        residents: &[Range<u64>],
+/// The kernel's flags of the mappings of processes. Reading them takes longer than a [`Look`].
+pub struct Flags(Vec<(i32, Vec<Mapping>)>);
+
+impl Flags {
+    /// Reads the flags of frozen processes, on a thread of its own; what is returned waits for them.
+    pub fn reading<'scope>(
+        scope: &'scope Scope<'scope, '_>,
+        pids: &'scope [i32],
+        stop: Stop<'scope>,
+    ) -> impl FnOnce() -> Result<Self, PlanError> + use<'scope> {
+        let thread = spawn_elsewhere(scope, move || Self::read(pids, stop));
+        move || match thread {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(_) => Self::read(pids, stop),
+        }
+    }
+
+    fn read(pids: &[i32], stop: Stop<'_>) -> Result<Self, PlanError> {
+        let of_process = |pid: &i32| {
+            let mappings = Mappings::read_with_flags(*pid, stop);
+            mappings
+                .map(|mappings| (*pid, mappings))
+                .map_err(|source| PlanError::Look { pid: *pid, source })
+        };
+        pids.iter().map(of_process).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// What was found in the memory of frozen processes.
+pub struct Look {
+    /// By process id.
+    processes: Vec<(i32, Vec<Scanned>)>,
+}
+
+impl Look {
+    /// Looks at the memory of frozen processes. Nothing is changed. `spaces` says, of processes that were
+    /// restored from an image and have been watched since, what of it is still theirs: one for
+    /// each, by process id. `residents` says, for each process, what of it shall stay if it is there, in
+    /// order. `stop` is asked again and again whether to give up.
+    ///
+    /// # Errors
+    /// [`PlanError`]: the first thing that stands in the way.
+    pub fn at(
+        pids: &[i32],
+        spaces: Option<&[SpaceView]>,
+        residents: &[Vec<Range<u64>>],
         stop: Stop<'_>,
     ) -> Result<Self, PlanError> {
-        let look = |source| PlanError::Look { pid, source };
-        // The flags take as long as all the rest.
-        let (flagged, scanned) = std::thread::scope(|scope| {
-            let flagged = std::thread::Builder::new()
-                .spawn_scoped(scope, || Mappings::read_with_flags(pid, stop));
-            let scanned = scan(pid, space, residents, stop);
-            let flagged = flagged.and_then(|thread| {
-                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            });
-            (flagged, scanned)
-        });
-        let (scanned, flagged) = (scanned?, flagged.map_err(look)?);
-        let mut flagged = flagged.iter();
+        let mut pids = pids.to_vec();
+        pids.sort_unstable();
+        if spaces.is_some_and(|spaces| spaces.len() != pids.len()) {
+            return Err(PlanError::OtherProcesses);
+        }
+        let space = |n: usize| spaces.and_then(|spaces| spaces.get(n));
+        let stay = |n: usize| residents.get(n).map_or(&[][..], Vec::as_slice);
+        let of_process = |(n, pid): (usize, &i32)| Ok((*pid, scan(*pid, space(n), stay(n), stop)?));
+        let processes = pids.iter().enumerate().map(of_process);
+        let processes = processes.collect::<Result<Vec<_>, PlanError>>()?;
+        if processes.is_empty() { Err(PlanError::Nothing) } else { Ok(Self { processes }) }
+    }
+
+    /// What becomes of it. Without the mappings' flags it is presumed that none of those is set that
+    /// keeps memory from being dropped: with them the plan may be another.
+    ///
+    /// # Errors
+    /// [`PlanError`]: the first thing that stands in the way.
+    pub fn plan(&self, flags: Option<&Flags>) -> Result<Plan, PlanError> {
+        let of_process = |(pid, scanned): &(i32, Vec<Scanned>)| {
+            let flags = match flags {
+                Some(Flags(all)) => {
+                    let own = all.iter().find(|(of, _)| of == pid);
+                    Some(own.ok_or(PlanError::OtherProcesses)?.1.as_slice())
+                }
+                None => None,
+            };
+            ProcessPlan::of(*pid, scanned, flags)
+        };
+        let processes = self.processes.iter().map(of_process);
+        Ok(Plan { processes: processes.collect::<Result<_, _>>()? })
+    }
+}
+
+impl ProcessPlan {
+    fn of(pid: i32, scanned: &[Scanned], flags: Option<&[Mapping]>) -> Result<Self, PlanError> {
+        let mut flagged = flags.map(<[Mapping]>::iter);
         let mut mappings = Vec::with_capacity(scanned.len());
-        for Scanned { range, there, residents, mut runs, reused, known } in scanned {
-            // Both are in order, and a frozen process maps nothing.
-            let mapping = flagged.find(|mapping| mapping.range() == range);
-            let mapping = mapping.ok_or_else(|| look(io::ErrorKind::NotFound.into()))?;
+        for Scanned { mapping, there, residents, runs, reused, known } in scanned {
+            let mapping = match &mut flagged {
+                // Both are in order, and a frozen process maps nothing.
+                Some(flagged) => flagged.find(|flagged| flagged.range() == mapping.range()),
+                None => Some(mapping),
+            };
+            let not_there = || PlanError::Look { pid, source: io::ErrorKind::NotFound.into() };
+            let mapping = mapping.ok_or_else(not_there)?;
             if let Some(reason) = mapping.left_resident() {
                 if !known.is_empty() {
                     return Err(PlanError::Stays { pid, reason });
                 }
                 continue;
             }
-            let kind = kind_of(pid, mapping, &runs);
-            if let MappingKind::Replaced(_) = kind {
+            let kind = kind_of(pid, mapping, runs);
+            let runs = match kind {
                 // Every page, also those that are still the file's.
-                let pages = mapping.pages() as u32;
-                let class = PageClass::FileCow;
-                runs = vec![PageRun { start: mapping.start, pages, class }];
-            }
-            let Range { start, end } = range;
-            let heap = mapping.kind == medes_memory::mappings::MappingKind::Heap;
+                MappingKind::Replaced(_) => {
+                    let pages = mapping.pages() as u32;
+                    vec![PageRun { start: mapping.start, pages, class: PageClass::FileCow }]
+                }
+                _ => runs.clone(),
+            };
             mappings.push(MappingPlan {
-                start,
-                end,
+                start: mapping.start,
+                end: mapping.end,
                 kind,
-                heap,
-                there,
-                residents,
+                heap: mapping.kind == medes_memory::mappings::MappingKind::Heap,
+                there: there.clone(),
+                residents: residents.clone(),
                 runs,
-                reused,
-                known,
+                reused: reused.clone(),
+                known: known.clone(),
             });
         }
         Ok(Self { pid, mappings })
@@ -265,7 +323,7 @@ impl ProcessPlan {
 
 /// What a look at one mapping's pages found.
 struct Scanned {
-    range: Range<u64>,
+    mapping: Mapping,
     there: Vec<Range<u64>>,
     residents: Vec<Range<u64>>,
     runs: Vec<PageRun>,
@@ -312,8 +370,8 @@ fn scan(
             continue;
         }
         let reused = split_unwritten(&known, &written, &mut runs);
-        let range = mapping.range();
-        scanned.push(Scanned { range, there, residents, runs, reused, known });
+        let mapping = Mapping::clone(mapping);
+        scanned.push(Scanned { mapping, there, residents, runs, reused, known });
     }
     Ok(scanned)
 }

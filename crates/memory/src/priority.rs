@@ -6,6 +6,8 @@
 //! content with shorter ones (`PREEMPT_SHORT`, Linux 6.12); so work that nobody waits for asks for
 //! the longest there are. Earlier kernels know no such wish.
 
+use std::io;
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Duration;
 
 /// The longest slice that may be asked for.
@@ -21,6 +23,53 @@ pub fn raise_this_thread() {
 /// nobody waits for. Best effort; threads that it starts inherit it.
 pub fn lower_this_thread() {
     set(10, LONGEST);
+}
+
+/// Runs `work` on a thread of its own that does not wait for the calling one's processor, if there is
+/// another. A new thread may be put on the processor of the one that made it, and work of low
+/// priority has that for a long time ([`lower_this_thread`]).
+///
+/// # Errors
+/// If there can be no more threads.
+pub fn spawn_elsewhere<'scope, R: Send + 'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    work: impl FnOnce() -> R + Send + 'scope,
+) -> io::Result<ScopedJoinHandle<'scope, R>> {
+    // SAFETY: sched_getcpu takes nothing.
+    let processor = || unsafe { libc::sched_getcpu() };
+    let here = processor();
+    let thread = std::thread::Builder::new().spawn_scoped(scope, move || {
+        if processor() == here {
+            leave(here);
+        }
+        work()
+    })?;
+    // It goes, if it is here.
+    std::thread::yield_now();
+    Ok(thread)
+}
+
+/// Moves the calling thread to another processor than this one, if it may run on any other; it may come
+/// back. Best effort.
+fn leave(processor: i32) {
+    // SAFETY: cpu_set_t is plain data, for which zero is a valid value.
+    let mut before: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    let size = size_of::<libc::cpu_set_t>();
+    // SAFETY: the kernel writes at most `size` bytes to the address, which is writable and has
+    // that many. Thread 0 is the calling one.
+    if unsafe { libc::sched_getaffinity(0, size, &raw mut before) } != 0 {
+        return;
+    }
+    let Ok(processor) = usize::try_from(processor) else { return };
+    if processor < libc::CPU_SETSIZE as usize {
+        let mut others = before;
+        // SAFETY: it clears one bit, which the set has.
+        unsafe { libc::CPU_CLR(processor, &mut others) };
+        for processors in [others, before] {
+            // SAFETY: the kernel reads `size` bytes at the address. It refuses an empty set.
+            unsafe { libc::sched_setaffinity(0, size, &raw const processors) };
+        }
+    }
 }
 
 /// The thread that made it comes before all that other threads do, but for work as urgent
@@ -205,6 +254,22 @@ mod tests {
         };
         go.send(()).unwrap();
         assert!(other.join().unwrap() != here || alone);
+    }
+
+    #[test]
+    fn a_thread_is_started_elsewhere() {
+        // SAFETY: sched_getcpu takes nothing.
+        let processor = || unsafe { libc::sched_getcpu() };
+        let alone = std::thread::available_parallelism().is_ok_and(|n| n.get() == 1);
+        // The calling thread may be moved meanwhile, but not all the time.
+        let elsewhere = || {
+            std::thread::scope(|scope| {
+                let here = processor();
+                let there = spawn_elsewhere(scope, processor).unwrap().join().unwrap();
+                there != here
+            })
+        };
+        assert!((0..100).any(|_| elsewhere()) || alone);
     }
 
     #[test]

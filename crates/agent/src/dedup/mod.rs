@@ -39,7 +39,7 @@ use medes_store::{ImageHandle, Store, StoreError, View};
 
 use crate::encode::{EncodeError, PageSource};
 use crate::index::ImageIndex;
-use crate::plan::{MappingKind, Plan, PlanError};
+use crate::plan::{Flags, Look, MappingKind, Plan, PlanError};
 use crate::view::SpaceView;
 use batch::{Batch, batches};
 use commit::Registered;
@@ -412,13 +412,33 @@ impl Operation<'_> {
         let old = previous.map(|previous| &previous.image);
         let mut userfaults = std::mem::take(&mut standing.userfaults);
         let (fresh, holder) = (standing.fresh, standing.holder);
+        let stop = || self.cancel.is_requested();
         let work = || {
-            let stop = || self.cancel.is_requested();
-            let plan = Plan::of(&pids, spaces.as_deref(), self.residents, &stop);
-            self.check_cancelled()?;
-            let plan = plan.map_err(Hindrance::Plan)?;
-            let registered = self.register(&mut userfaults, fresh, &plan)?;
-            let made = self.make(&plan, &registered, old)?;
+            let (plan, registered, made) = std::thread::scope(|scope| {
+                let flags = Flags::reading(scope, &pids, &stop);
+                let mut make = |plan: Result<Plan, PlanError>| {
+                    self.check_cancelled()?;
+                    let plan = plan.map_err(Hindrance::Plan)?;
+                    let registered = self.register(&mut userfaults, fresh, &plan)?;
+                    let made = self.make(&plan, &registered, old)?;
+                    Ok::<_, DedupError>((plan, registered, made))
+                };
+                let look = Look::at(&pids, spaces.as_deref(), self.residents, &stop);
+                self.check_cancelled()?;
+                let look = look.map_err(Hindrance::Plan)?;
+                if old.is_none() {
+                    return make(flags().and_then(|flags| look.plan(Some(&flags))));
+                }
+                // What an image had before has no flag that matters, unless it got one since. That is
+                // found out while it is encoded.
+                let presumed = make(look.plan(None))?;
+                let plan = flags().and_then(|flags| look.plan(Some(&flags)));
+                if plan.as_ref().is_ok_and(|plan| *plan == presumed.0) {
+                    return Ok(presumed);
+                }
+                self.store.remove_image(presumed.2.image);
+                make(plan)
+            })?;
             let examine = || holder.examine(&made.image).map_err(Hindrance::Holder);
             match self.check_cancelled().and_then(|()| Ok(examine()?)) {
                 Ok(()) => Ok((plan, registered, made)),
@@ -470,7 +490,7 @@ impl Operation<'_> {
     pub fn estimate(&self, pids: &[i32]) -> Result<Estimate, DedupError> {
         let begin = Instant::now();
         Plan::check(pids).map_err(Hindrance::Plan)?;
-        let plan = Plan::of(pids, None, &[], &|| false).map_err(Hindrance::Plan)?;
+        let plan = Plan::of(pids, &|| false).map_err(Hindrance::Plan)?;
         let encoded = self.encode(&batches(&plan, |_| true), 0, None)?;
         let mut counts = self.count(&encoded)?;
         counts.encode_us = micros(begin);

@@ -475,6 +475,31 @@ fn memory_that_is_away_and_must_stay_from_now_on_is_not_forgotten() {
 }
 
 #[test]
+fn what_a_restored_process_maps_anew_stays_if_it_has_to() {
+    use medes_memory::pages::{PageClass, PageScanner};
+    const BYTES: u64 = 1 << 20;
+    let bench = bench();
+    let mut target = Target::start(22);
+    let done = bench.dedup(&target, true).expect("deduplicates");
+    let mut at = 0;
+    bench.restore_watched(&mut target, true, |target| {
+        target.tell("more");
+        at = target.line().parse::<u64>().expect("an address");
+        target.check();
+    });
+    let again = bench.dedup_again(&target, &done).expect("deduplicates");
+    let (mut scanner, mut there) = (PageScanner::open(target.pid()).expect("opens"), Vec::new());
+    scanner.scan_range(at..at + BYTES, PageClass::Anonymous, &mut there).expect("scans");
+    let pages: u64 = there.iter().map(|run| u64::from(run.pages)).sum();
+    assert_eq!(pages * PAGE_SIZE as u64, BYTES);
+    assert!(again.counts.reused > 1000, "{:?}", again.counts);
+    drop(done.userfaults);
+    bench.store.remove_image(done.image);
+    bench.restore(&mut target, Target::check);
+    bench.give_back(again);
+}
+
+#[test]
 fn a_corrupt_store_never_reaches_a_process() {
     use std::os::unix::fs::FileExt;
     let bench = bench();

@@ -1,5 +1,6 @@
 """A process whose memory is taken away and brought back: it knows what has to be in it."""
 
+import ctypes
 import hashlib
 import mmap
 import random
@@ -50,6 +51,12 @@ for line in sys.stdin:
         # Touches none of it.
         zeros.madvise(MADV_WIPEONFORK)
         print("wiped", flush=True)
+        continue
+    if line == "more\n":
+        more = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        more.write(own)
+        more.madvise(MADV_WIPEONFORK)
+        print(ctypes.addressof(ctypes.c_char.from_buffer(more)), flush=True)
         continue
     requests += 1
     before = ticks
