@@ -35,11 +35,9 @@ pub fn spawn_elsewhere<'scope, R: Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
     work: impl FnOnce() -> R + Send + 'scope,
 ) -> io::Result<ScopedJoinHandle<'scope, R>> {
-    // SAFETY: sched_getcpu takes nothing.
-    let processor = || unsafe { libc::sched_getcpu() };
-    let here = processor();
+    let here = this_processor();
     let thread = std::thread::Builder::new().spawn_scoped(scope, move || {
-        if processor() == here {
+        if this_processor() == here {
             leave(here);
         }
         work()
@@ -52,23 +50,9 @@ pub fn spawn_elsewhere<'scope, R: Send + 'scope>(
 /// Moves the calling thread to another processor than this one, if it may run on any other; it may come
 /// back. Best effort.
 fn leave(processor: i32) {
-    // SAFETY: cpu_set_t is plain data, for which zero is a valid value.
-    let mut before: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    let size = size_of::<libc::cpu_set_t>();
-    // SAFETY: the kernel writes at most `size` bytes to the address, which is writable and has
-    // that many. Thread 0 is the calling one.
-    if unsafe { libc::sched_getaffinity(0, size, &raw mut before) } != 0 {
-        return;
-    }
-    let Ok(processor) = usize::try_from(processor) else { return };
-    if processor < libc::CPU_SETSIZE as usize {
-        let mut others = before;
-        // SAFETY: it clears one bit, which the set has.
-        unsafe { libc::CPU_CLR(processor, &mut others) };
-        for processors in [others, before] {
-            // SAFETY: the kernel reads `size` bytes at the address. It refuses an empty set.
-            unsafe { libc::sched_setaffinity(0, size, &raw const processors) };
-        }
+    if let Some(before) = Processors::of_this_thread() {
+        before.without(processor).set(0);
+        before.set(0);
     }
 }
 
@@ -132,23 +116,48 @@ impl Thread {
     /// where all have been busy lately, the kernel does not look for one (`SIS_UTIL` in
     /// kernel/sched/features.h). Best effort.
     pub fn keep_elsewhere(&self) {
-        // SAFETY: cpu_set_t is plain data, for which zero is a valid value.
-        let mut processors: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-        let size = size_of::<libc::cpu_set_t>();
-        // SAFETY: the kernel writes at most `size` bytes to the address, which is writable and has
-        // that many. Thread 0 is the calling one.
-        if unsafe { libc::sched_getaffinity(0, size, &raw mut processors) } != 0 {
-            return;
-        }
-        // SAFETY: sched_getcpu takes nothing.
-        let Ok(own) = usize::try_from(unsafe { libc::sched_getcpu() }) else { return };
-        if own < libc::CPU_SETSIZE as usize {
-            // SAFETY: it clears one bit, which the set has.
-            unsafe { libc::CPU_CLR(own, &mut processors) };
-            // SAFETY: the kernel reads `size` bytes at the address. It refuses an empty set.
-            unsafe { libc::sched_setaffinity(self.0, size, &raw const processors) };
+        if let Some(processors) = Processors::of_this_thread() {
+            processors.without(this_processor()).set(self.0);
         }
     }
+}
+
+/// Processors that a thread may run on.
+#[derive(Clone, Copy)]
+struct Processors(libc::cpu_set_t);
+
+impl Processors {
+    fn of_this_thread() -> Option<Self> {
+        // SAFETY: cpu_set_t is plain data, for which zero is a valid value.
+        let mut all: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        // SAFETY: the kernel writes at most as many bytes as the set has to the address, which is
+        // writable. Thread 0 is the calling one.
+        let result = unsafe { libc::sched_getaffinity(0, size_of_val(&all), &raw mut all) };
+        (result == 0).then_some(Self(all))
+    }
+
+    fn without(mut self, processor: i32) -> Self {
+        if let Ok(processor) = usize::try_from(processor)
+            && processor < libc::CPU_SETSIZE as usize
+        {
+            // SAFETY: it clears one bit, which the set has.
+            unsafe { libc::CPU_CLR(processor, &mut self.0) };
+        }
+        self
+    }
+
+    /// Has a thread, 0 being the calling one, run on these and no others. Nothing happens if there are
+    /// none.
+    fn set(&self, thread: libc::pid_t) {
+        // SAFETY: the kernel reads as many bytes as the set has at the address. It refuses an empty set.
+        unsafe { libc::sched_setaffinity(thread, size_of_val(&self.0), &raw const self.0) };
+    }
+}
+
+/// Where the calling thread runs; negative if the kernel does not tell.
+fn this_processor() -> i32 {
+    // SAFETY: sched_getcpu takes nothing.
+    unsafe { libc::sched_getcpu() }
 }
 
 /// Whether the calling thread is urgent.
@@ -233,22 +242,20 @@ mod tests {
 
     #[test]
     fn a_thread_is_kept_elsewhere() {
-        // SAFETY: sched_getcpu takes nothing.
-        let processor = || unsafe { libc::sched_getcpu() };
         let alone = std::thread::available_parallelism().is_ok_and(|n| n.get() == 1);
         let (tell, told) = std::sync::mpsc::channel();
         let (go, gone) = std::sync::mpsc::channel();
         let other = std::thread::spawn(move || {
             tell.send(Thread::this()).unwrap();
             gone.recv().unwrap();
-            processor()
+            this_processor()
         });
         let thread = told.recv().unwrap();
         // It may be moved in between, but not all the time.
         let here = loop {
-            let here = processor();
+            let here = this_processor();
             thread.keep_elsewhere();
-            if processor() == here {
+            if this_processor() == here {
                 break here;
             }
         };
@@ -258,14 +265,12 @@ mod tests {
 
     #[test]
     fn a_thread_is_started_elsewhere() {
-        // SAFETY: sched_getcpu takes nothing.
-        let processor = || unsafe { libc::sched_getcpu() };
         let alone = std::thread::available_parallelism().is_ok_and(|n| n.get() == 1);
         // The calling thread may be moved meanwhile, but not all the time.
         let elsewhere = || {
             std::thread::scope(|scope| {
-                let here = processor();
-                let there = spawn_elsewhere(scope, processor).unwrap().join().unwrap();
+                let here = this_processor();
+                let there = spawn_elsewhere(scope, this_processor).unwrap().join().unwrap();
                 there != here
             })
         };
