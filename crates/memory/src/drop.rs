@@ -109,9 +109,8 @@ pub fn lift(process: &mut SeizedProcess, guarded: &[Range<u64>]) -> Result<(), D
             .and_then(|vector| vector.advise(process, MADV_GUARD_REMOVE, &mut || false));
         let why = match lifted {
             Ok(lifted) if lifted == bytes(batch) as i64 => continue,
-            // Nobody is left to reach for them.
-            Err(InjectError::Gone(_)) => continue,
             Ok(lifted) => format!("lifting guard regions returned {lifted}"),
+            // Even if it is said to be gone.
             Err(error) => error.to_string(),
         };
         process.kill();
