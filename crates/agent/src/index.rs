@@ -196,6 +196,24 @@ impl ImageIndex {
         Ok(())
     }
 
+    /// How long the patch is of each page of a process that is asked for, in the order of addresses: 0
+    /// if it needs none, `None` if the image does not have it.
+    pub fn patch_lengths(&self, process: usize) -> impl FnMut(u64) -> Option<u16> + '_ {
+        let mut runs = self.table.processes.get(process).map_or(&[][..], |table| &table.runs);
+        move |address| {
+            while let [first, rest @ ..] = runs
+                && first.end() <= address
+            {
+                runs = rest;
+            }
+            let run = runs.first().filter(|run| run.address <= address)?;
+            Some(match &run.source {
+                Source::Base { .. } => 0,
+                Source::Patches(list) => list[(address - run.address) as usize / PAGE_SIZE].length,
+            })
+        }
+    }
+
     /// Calls `found` for those of `pages` that the image has, where they lie one after the other from
     /// `address` on: number, source, patch, and whether the image has exactly this content.
     pub fn for_each_known<'s>(

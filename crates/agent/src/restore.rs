@@ -19,7 +19,7 @@ use crate::index::ImageIndex;
 pub use crate::put_back::RestoreBuffers;
 use crate::put_back::{PutBack, Watch, all_beforehand};
 use crate::view::{AddressView, Belongs, SpaceView};
-use crate::working_set::{Prefetch, PrefetchRange};
+use crate::working_set::{Prefetch, PrefetchRange, WorkingSet};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -49,6 +49,13 @@ impl OpenImage {
     #[must_use]
     pub fn extent(&self) -> Extent {
         self.0.extent()
+    }
+
+    /// Tells the working set how long the patches of its pages are.
+    pub fn teach(&self, set: &mut WorkingSet) {
+        for process in 0..self.0.table().processes.len() {
+            set.encoded(process, self.0.patch_lengths(process));
+        }
     }
 
     /// Takes charge of it. It stays open, for a restore that comes at once, until

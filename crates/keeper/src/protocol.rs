@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Changed whenever the messages change: a daemon does not talk to a keeper of another version.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 
 /// The longest frame, bytes: a request's payload and its head.
 const MAX_FRAME: u32 = 16 * 1024 * 1024;
@@ -75,7 +75,7 @@ pub enum Command {
         sandbox: SandboxId,
         /// How long putting the rest of its working set back may take, microseconds.
         target_us: u64,
-        /// How many pages may stay.
+        /// How much memory that may take which patches would not, bytes.
         most: u64,
     },
     /// Look whether an image can be read that is to be held soon.

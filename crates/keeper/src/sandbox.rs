@@ -428,6 +428,9 @@ impl Held {
     pub(crate) fn examined(&self, caller: &Caller, image: OpenImage) -> Result<(), String> {
         let mut state = self.lock();
         caller.check()?;
+        let mut sets = lock(&self.common.working_sets);
+        image.teach(sets.entry(self.working_set).or_default());
+        drop(sets);
         state.examined = Some(image);
         Ok(())
     }

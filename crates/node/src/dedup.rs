@@ -15,7 +15,6 @@ use medes_core::{MemoryUse, SandboxId};
 use medes_keeper::protocol::{Command, Hold, Reply};
 use medes_keeper::{Keeper, KeeperError};
 use medes_memory::session::{Freezer, Thaw};
-use medes_pages::PAGE_SIZE;
 use medes_registry::{Near, Scope};
 use medes_sandbox::Cgroup;
 use medes_store::{ImageHandle, StoreError};
@@ -30,9 +29,9 @@ use crate::table::{Deduplicated, Entry};
 /// an uninterruptible system call.
 const FREEZE_LIMIT: Duration = Duration::from_millis(500);
 
-/// At most one page in so many stays so that restores are fast: without that the dedup state would be
-/// of little use.
-const RESIDENT_SHARE: u64 = 8;
+/// At most one byte in so many is taken by what stays so that restores are fast: without that the dedup
+/// state would be of little use.
+const RESIDENT_SHARE: u64 = 6;
 
 type Answer = Result<DedupReport, DedupFailure>;
 
@@ -109,9 +108,9 @@ fn operate(shared: &Shared, entry: &Entry, mode: DedupMode, cancel: &Cancel) -> 
     }
     let before = shared.memory_use(entry);
     let base_before = shared.store.usage().snapshots;
-    let residents = match mode.residents && !mode.new_base {
-        true => residents(shared, entry, &before)?,
-        false => Vec::new(),
+    let residents = match mode.new_base {
+        true => Vec::new(),
+        false => residents(shared, entry, &before, mode.residents)?,
     };
     let holder =
         KeeperHolds { keeper: shared.keeper(), sandbox: entry.id, restore: OnceLock::new() };
@@ -182,19 +181,18 @@ fn operate(shared: &Shared, entry: &Entry, mode: DedupMode, cancel: &Cancel) -> 
     })
 }
 
-/// What of a sandbox stays, that takes so much memory now, or less than it needs if some is away.
+/// What of a sandbox stays, that takes so much memory now, or less than it needs if some is away. What
+/// stays for a restore to be fast takes memory, of which there has to be `plenty`.
 fn residents(
     shared: &Shared,
     entry: &Entry,
     now: &MemoryUse,
+    plenty: bool,
 ) -> Result<Vec<Vec<Range<u64>>>, DedupFailure> {
-    let target = shared.config.dedup.restore_target;
-    if target.is_zero() {
-        return Ok(Vec::new());
-    }
+    let target = if plenty { shared.config.dedup.restore_target } else { Duration::ZERO };
     let target_us = u64::try_from(target.as_micros()).unwrap_or(u64::MAX);
     let before = entry.most_private.fetch_max(now.private, Ordering::Relaxed);
-    let most = before.max(now.private) / PAGE_SIZE as u64 / RESIDENT_SHARE;
+    let most = before.max(now.private) / RESIDENT_SHARE;
     let command = Command::Residents { sandbox: entry.id, target_us, most };
     match shared.keeper().call_blocking(command) {
         Ok(Reply::Residents(residents)) => Ok(residents),

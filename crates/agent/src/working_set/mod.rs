@@ -10,15 +10,18 @@
 //! as everything is missed that is left out, less and less is.
 //!
 //! A set that takes too long to put back is not put back whole: part of it stays where it is when a
-//! sandbox is deduplicated ([`WorkingSet::residents`]), what saves most time for its memory before
-//! the rest. Pages that requests write to need a patch each time, and time to decode it; one that
-//! lies alone costs a call of its own.
+//! sandbox is deduplicated ([`WorkingSet::residents`]).
+
+mod residents;
 
 use std::collections::HashSet;
 use std::ops::Range;
 use std::time::Duration;
 
 use medes_pages::PAGE_SIZE;
+
+pub use residents::Residents;
+use residents::Work;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -46,19 +49,6 @@ const WATCHED_TOGETHER: u64 = 16;
 /// A page that was seen not to be written to so often in a row is left out.
 const UNWRITTEN: u8 = 2;
 
-/// The share of the target that putting pages back may take without any that stays. The rest is for
-/// what else there is to do: reaching the sandbox and letting it run take half a millisecond or more.
-const ENOUGH: f64 = 0.7;
-
-/// The share that it may take if some stay: [`ENOUGH`] is not reached again by every change.
-const AIM: f64 = 0.6;
-
-/// What putting back a page takes that requests don't write to, one that they do, and each range,
-/// compared with one another: 1.6, 2.5 and 1.5 us of a processor were measured.
-const PLAIN: f64 = 1.0;
-const WRITTEN: f64 = 1.5;
-const RANGE: f64 = 1.0;
-
 /// Fewer pages say nothing of what one takes.
 const FEW: u64 = 64;
 
@@ -76,8 +66,9 @@ pub struct WorkingSet {
     trials: u64,
     /// How many pages that were left out were missed; each that was not halves it.
     missed: u32,
-    /// What putting a [`PLAIN`] page back takes, microseconds, once that was seen.
-    page_us: Option<f64>,
+    /// What putting pages back takes by the clock for each nanosecond of a processor that it is
+    /// thought to take, once that was seen.
+    pace: Option<f64>,
 }
 
 /// A dedup of a sandbox and the restore after it, in which some pages are left out to see whether they
@@ -101,6 +92,8 @@ struct Member {
     watched: u64,
     /// How often in a row it was seen that they did not.
     unwritten: u8,
+    /// The length of its patch when a sandbox was last deduplicated, bytes; 0 if it had none.
+    patch: u16,
 }
 
 /// Pages that are put back beforehand.
@@ -119,31 +112,15 @@ pub struct Prefetch {
     pub ranges: Vec<Vec<PrefetchRange>>,
     /// What is there already, per process and in order.
     residents: Vec<Vec<Range<u64>>>,
+    /// What putting them back is thought to take of a processor.
+    work_ns: u64,
     /// The trial's number; 0 if there is none.
     trial: u64,
-}
-
-/// What stays of a sandbox that is deduplicated.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Residents {
-    /// Ranges of addresses per process, in order.
-    pub ranges: Vec<Vec<Range<u64>>>,
-    /// The trial that the restore belongs to: what is left out of it is not among them.
-    pub trial: Trial,
 }
 
 impl PrefetchRange {
     fn pages(&self) -> u64 {
         (self.range.end - self.range.start) / PAGE
-    }
-
-    /// What putting it back takes, in [`PLAIN`] pages.
-    fn work(&self) -> f64 {
-        RANGE + self.pages() as f64 * if self.written { WRITTEN } else { PLAIN }
-    }
-
-    fn work_of_a_page(&self) -> f64 {
-        self.work() / self.pages() as f64
     }
 }
 
@@ -166,46 +143,6 @@ impl Prefetch {
 }
 
 impl WorkingSet {
-    /// What had better stay of a sandbox that is deduplicated now, `most` pages of it at most, for a
-    /// restore to take no longer than `target`. Nothing if it does not as it is.
-    pub fn residents(&mut self, target: Duration, most: u64) -> Residents {
-        let trial = self.trial();
-        let target_us = target.as_secs_f64() * 1e6;
-        let page_us = self.page_us.unwrap_or_default();
-        let mut runs = self.runs(trial);
-        let mut work: f64 = runs.iter().map(|(_, run)| run.work()).sum();
-        let mut ranges: Vec<Vec<Range<u64>>> = vec![Vec::new(); self.processes.len()];
-        if work * page_us <= target_us * ENOUGH {
-            return Residents { ranges, trial };
-        }
-        runs.sort_by(|(_, a), (_, b)| b.work_of_a_page().total_cmp(&a.work_of_a_page()));
-        let mut room = most;
-        for (process, run) in runs {
-            let range = &run.range;
-            let end = range.end.min(range.start.saturating_add(room.saturating_mul(PAGE)));
-            if range.start == end || work * page_us <= target_us * AIM {
-                break;
-            }
-            work -= run.work();
-            room -= (end - range.start) / PAGE;
-            ranges[process].push(range.start..end);
-        }
-        ranges.iter_mut().for_each(|of_process| of_process.sort_unstable_by_key(|r| r.start));
-        Residents { ranges, trial }
-    }
-
-    /// What a trial puts back if nothing stays, and which process each range is of.
-    fn runs(&self, trial: Trial) -> Vec<(usize, PrefetchRange)> {
-        let mut runs = Vec::new();
-        for (process, pages) in self.processes.iter().enumerate() {
-            let mut of_process = Vec::new();
-            let put_back = pages.iter().filter(|(page, member)| !member.is_left_out(*page, trial));
-            put_back.for_each(|(page, member)| push(&mut of_process, *page, member.written));
-            runs.extend(of_process.into_iter().map(|run| (process, run)));
-        }
-        runs
-    }
-
     /// The next trial.
     pub fn trial(&mut self) -> Trial {
         self.trials += 1;
@@ -217,9 +154,11 @@ impl WorkingSet {
     /// What to put back at a restore, beside `residents`, which are there, per process and in order.
     /// Without a trial nothing is left out.
     pub fn prefetch(&mut self, trial: Option<Trial>, residents: &[Vec<Range<u64>>]) -> Prefetch {
+        let mut work_ns = 0;
         let of_process = |(n, pages): (usize, &mut Vec<(u64, Member)>)| {
             let mut there = Sweep::over(residents.get(n).map_or(&[], Vec::as_slice));
             let mut ranges: Vec<PrefetchRange> = Vec::new();
+            let mut work = Work::default();
             for &mut (page, ref mut member) in pages {
                 if there.includes(page) {
                     continue;
@@ -236,26 +175,39 @@ impl WorkingSet {
                     }
                 }
                 push(&mut ranges, page, written);
+                work_ns += work.of(page, written, member);
             }
             ranges
         };
+        let ranges = self.processes.iter_mut().enumerate().map(of_process).collect();
         Prefetch {
-            ranges: self.processes.iter_mut().enumerate().map(of_process).collect(),
+            ranges,
             residents: residents.to_vec(),
+            work_ns,
             trial: trial.unwrap_or_default().number,
         }
     }
 
     /// Putting `prefetch` back took so long.
     pub fn took(&mut self, prefetch: &Prefetch, time: Duration) {
-        let ranges = || prefetch.ranges.iter().flatten();
-        if ranges().map(PrefetchRange::pages).sum::<u64>() < FEW {
+        let pages: u64 = prefetch.ranges.iter().flatten().map(PrefetchRange::pages).sum();
+        if pages < FEW {
             return;
         }
-        let seen = time.as_secs_f64() * 1e6 / ranges().map(PrefetchRange::work).sum::<f64>();
-        let known = self.page_us.unwrap_or(seen);
+        let seen = time.as_nanos() as f64 / prefetch.work_ns as f64;
+        let known = self.pace.unwrap_or(seen);
         let weight = if seen < known { FASTER } else { SLOWER };
-        self.page_us = Some(known + (seen - known) * weight);
+        self.pace = Some(known + (seen - known) * weight);
+    }
+
+    /// A sandbox was deduplicated: `patch` says, asked in the order of addresses, how long the patch is
+    /// of a page of a process, 0 if it needs none, `None` if nothing is kept of it.
+    pub fn encoded(&mut self, process: usize, mut patch: impl FnMut(u64) -> Option<u16>) {
+        for (page, member) in self.processes.get_mut(process).into_iter().flatten() {
+            if let Some(patch) = patch(*page) {
+                member.patch = patch;
+            }
+        }
     }
 
     /// Pages of a process that a thread had to wait for.
@@ -476,24 +428,24 @@ mod tests {
         let mut set = large();
         let most = u64::MAX;
         // Putting it back is not all that a restore does.
-        assert_eq!(set.residents(Duration::from_millis(3), most).ranges, [[]], "it does not");
+        assert_eq!(set.residents(Duration::from_millis(4), most).ranges, [[]], "it does not");
         assert_ne!(set.residents(Duration::from_millis(2), most).ranges, [[]]);
         let residents = set.residents(Duration::from_millis(1), most);
         let count = |ranges: &[Range<u64>]| ranges.iter().cloned().flat_map(pages).count();
-        // All written to, and of the others, which take four fifths as long, as many as it takes.
-        assert!((655..670).contains(&count(&residents.ranges[0])), "{residents:x?}");
+        // All written to, and of the others as many as it takes.
+        assert!((715..730).contains(&count(&residents.ranges[0])), "{residents:x?}");
         let is_written = |page: &u64| (page / PAGE).is_multiple_of(2);
         let stay: Vec<u64> = residents.ranges[0].iter().cloned().flat_map(pages).collect();
         // Some are left out, to see whether they are needed.
         assert!(stay.iter().copied().filter(is_written).count() > 490);
-        let few = set.residents(Duration::from_millis(1), 100).ranges;
+        let few = set.residents(Duration::from_millis(1), 100 * PAGE).ranges;
         assert!(few[0].iter().all(|range| is_written(&range.start)) && count(&few[0]) == 100);
         // A host that is slow for a moment changes little, one that is fast much.
         let prefetch = set.prefetch(None, &[]);
         set.took(&prefetch, Duration::from_millis(4));
-        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 700);
+        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 760);
         set.took(&prefetch, Duration::from_micros(100));
-        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 480);
+        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 540);
     }
 
     #[test]
@@ -505,12 +457,45 @@ mod tests {
         restore(&mut set, &all, &[]);
         let prefetch = set.prefetch(None, &[]);
         set.took(&prefetch, Duration::from_millis(2));
-        let residents = set.residents(Duration::from_millis(1), 200).ranges;
+        let residents = set.residents(Duration::from_millis(1), 200 * PAGE).ranges;
         let stay: Vec<u64> = residents[0].iter().cloned().flat_map(pages).collect();
         assert!(stay.len() == 200 && stay.iter().all(|page| alone.contains(page)), "{stay:x?}");
         // What is longer than there is room for stays in part.
-        let residents = set.residents(Duration::from_micros(100), 600).ranges;
+        let residents = set.residents(Duration::from_micros(100), 600 * PAGE).ranges;
         assert_eq!(residents[0].iter().cloned().flat_map(pages).count(), 600);
+    }
+
+    #[test]
+    fn what_hardly_compresses_stays_in_any_case_and_what_has_patches_first() {
+        let mut set = WorkingSet::default();
+        let needs: Vec<u64> = pages(0x40_0000..0x40_0000 + 1000 * PAGE).collect();
+        restore(&mut set, &needs, &[]);
+        set.took(&set.clone().prefetch(None, &[]), Duration::from_millis(2));
+        let at = |page: u64| (page - 0x40_0000) / PAGE;
+        set.encoded(0, |page| match at(page) {
+            0..100 => Some(4097),
+            200..300 => Some(30),
+            300..400 => Some(2000),
+            400..500 => None,
+            _ => Some(0),
+        });
+        let stay = |set: &mut WorkingSet, target, most| -> Vec<u64> {
+            let ranges = set.residents(Duration::from_micros(target), most).ranges;
+            ranges[0].iter().cloned().flat_map(pages).map(at).collect()
+        };
+        for target in [0, 10_000] {
+            let stay = stay(&mut set, target, u64::MAX);
+            assert!(stay.len() > 90 && stay.iter().all(|page| *page < 100), "{stay:?}");
+        }
+        let few = stay(&mut set, 1000, 120 * PAGE);
+        let of = |range: Range<u64>| few.iter().filter(|page| range.contains(page)).count();
+        // Those that would have large patches take half a page each.
+        assert!(of(300..400) > 90 && (50..80).contains(&of(200..300)), "{few:?}");
+        assert_eq!(of(0..100) + of(200..400), few.len(), "{few:?}");
+        // Of what an image does not have nothing new is known.
+        set.encoded(0, |_| None);
+        set.encoded(1, |_| Some(1));
+        assert!(stay(&mut set, 0, 0).len() > 90);
     }
 
     #[test]
