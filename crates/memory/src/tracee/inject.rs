@@ -365,6 +365,9 @@ impl SeizedProcess {
     /// restart, and none to run should it still be at the entry of one. Its own are set in the
     /// loop, from where the kernel's restart rules apply to them.
     ///
+    /// Any stop uses up the interrupt, such as the one at the exit of a call that it has ended: what
+    /// is not its own is left with another one pending.
+    ///
     /// Where that fails the process is killed, even if the kernel says that it is gone: a thread
     /// with registers that are not its own must not be let go.
     fn lead_back(&mut self) -> Result<(), InjectError> {
@@ -388,10 +391,11 @@ impl SeizedProcess {
                     Some(Stop::Event) => break,
                     Some(Stop::Exited) => return Err(InjectError::Gone(pid)),
                     Some(Stop::Signal(libc::SIGSTOP)) => self.stopped_by_signal = true,
-                    Some(Stop::Signal(_) | Stop::Syscall) => {}
-                    None => return Err(InjectError::Lost { pid, tid }),
+                    Some(Stop::Signal(_) | Stop::Syscall) if Instant::now() < until => {}
+                    _ => return Err(InjectError::Lost { pid, tid }),
                 }
                 neutral.write(tid).map_err(lost)?;
+                stop::interrupt(tid).map_err(lost)?;
                 stop::resume(libc::PTRACE_CONT, tid, 0).map_err(lost)?;
             }
         }

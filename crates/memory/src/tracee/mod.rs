@@ -357,12 +357,14 @@ impl SeizedProcess {
                     self.threads[index].stopped = true;
                     index += 1;
                 }
-                // The thread was about to handle a signal: let it set up the handler's frame,
-                // the interrupt is still pending.
+                // The thread was about to handle a signal: let it set up the handler's frame. This
+                // stop may have used up the interrupt.
                 Some(Stop::Signal(signal)) => {
+                    let _ = stop::interrupt(tid);
                     let _ = stop::resume(libc::PTRACE_CONT, tid, signal);
                 }
                 Some(Stop::Syscall) => {
+                    let _ = stop::interrupt(tid);
                     let _ = stop::resume(libc::PTRACE_CONT, tid, 0);
                 }
                 Some(Stop::Exited) => {

@@ -117,6 +117,26 @@ fn injection_needs_a_thawed_group() {
 }
 
 #[test]
+fn a_call_that_does_not_return_is_given_up() {
+    let mut target = Target::spawn("idle");
+    on_tracer_thread(|| {
+        let options =
+            SeizeOptions { call_deadline: Duration::from_millis(50), ..Default::default() };
+        let mut process = ThreadGroup::seize(target.pid, &options).unwrap();
+        for _ in 0..3 {
+            let error = process.inject_syscall(libc::SYS_pause, [0; 6]).unwrap_err();
+            assert!(matches!(error, InjectError::TimedOut { .. }), "{error}");
+            let own = process.inject_syscall(libc::SYS_getpid, [0; 6]).unwrap();
+            assert_eq!(own, i64::from(target.pid));
+        }
+        assert!(process.inject_syscall(libc::SYS_pause, [0; 6]).is_err());
+        process.detach().unwrap();
+    });
+    target.send("still there?");
+    assert_eq!(target.reply(), "ok");
+}
+
+#[test]
 fn signals_are_not_lost() {
     let mut target = Target::spawn("signals");
     let real_time = libc::SIGRTMIN() + 3;
