@@ -168,7 +168,7 @@ pub struct Dedup {
     /// When pages that nobody touches after a restore stay deduplicated.
     pub partial_restore: PartialRestore,
     /// How long bringing a dedup sandbox back may take before some of its working set stays in
-    /// memory instead; zero: nothing does.
+    /// memory instead; zero: only what would take as much in the page store does.
     pub restore_target: Period,
     /// Threads that one dedup operation uses.
     pub workers: u32,
@@ -351,7 +351,8 @@ const COMMENTS: &[(&str, &[(&str, &str)])] = &[
             (
                 "restore_target",
                 "How long bringing a sandbox back may take. Of a larger working set some pages stay in \
-                 memory, an eighth of the sandbox at most, while there is plenty; \"0\": none.",
+                 memory, a sixth of the sandbox at most, while there is plenty; \"0\": for the least \
+                 memory.",
             ),
             ("workers", "Threads that one dedup operation uses."),
         ],

@@ -71,7 +71,8 @@ pub struct DedupMode {
     /// go then.
     pub new_base: bool,
     /// What of its working set a restore could not put back within the node's target
-    /// ([`DedupConfig::restore_target`]) stays: memory is not short.
+    /// ([`DedupConfig::restore_target`]) stays: memory is not short. Pages that hardly compress stay in
+    /// any case.
     ///
     /// [`DedupConfig::restore_target`]: crate::config::DedupConfig::restore_target
     pub residents: bool,

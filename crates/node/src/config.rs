@@ -48,7 +48,7 @@ pub struct DedupConfig {
     /// Threads that encode pages.
     pub workers: usize,
     /// How long bringing a dedup sandbox back may take before some of its working set stays where it
-    /// is instead; zero: nothing ever does.
+    /// is instead; zero: only what would take as much memory in the page store does.
     pub restore_target: Duration,
     /// How long a base snapshot that nobody refers to is kept, milliseconds.
     pub base_idle_ms: u64,
