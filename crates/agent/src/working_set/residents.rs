@@ -8,7 +8,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use super::{Member, PAGE, Trial, WorkingSet};
+use super::{Member, PAGE, Trial, WorkingSet, share};
 
 /// The share of the target that putting pages back may take without any that stays. The rest is for
 /// what else there is to do: reaching the sandbox and letting it run take half a millisecond or more.
@@ -40,6 +40,10 @@ const ENCODED_NS: u64 = 800;
 /// A page that takes fewer bytes more than its patch stays in any case.
 const NEXT_TO_NOTHING: u64 = PAGE / 16;
 
+/// One of those in so many goes all the same, another one each time: what it holds may be easier to
+/// compress by now.
+const LEARNED_AGAIN: u64 = 16;
+
 /// What stays of a sandbox that is deduplicated.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Residents {
@@ -66,6 +70,10 @@ impl Member {
         PAGE.saturating_sub(self.patch.into())
     }
 
+    fn is_next_to_nothing(&self) -> bool {
+        self.memory() < NEXT_TO_NOTHING
+    }
+
     /// Neighbours that are alike in this are chosen together.
     fn likeness(&self) -> (bool, u16) {
         let patch = match self.patch {
@@ -73,7 +81,7 @@ impl Member {
             1..256 => 1,
             256..1024 => 2,
             1024..2048 => 3,
-            2048..3840 => 4,
+            _ if !self.is_next_to_nothing() => 4,
             _ => 5,
         };
         (self.written, patch)
@@ -161,7 +169,8 @@ impl WorkingSet {
             let mut work = Work::default();
             for (page, member) in pages {
                 let (page, likeness) = (*page, member.likeness());
-                if member.is_left_out(page, trial) {
+                let goes = || share(page / PAGE, LEARNED_AGAIN) == trial.number % LEARNED_AGAIN;
+                if member.is_left_out(page, trial) || member.is_next_to_nothing() && goes() {
                     continue;
                 }
                 let joins = |last: &&mut Run| {
