@@ -24,13 +24,14 @@ const QUIET: Duration = Duration::from_millis(800);
 const STORE: u64 = 8 << 30;
 
 /// How a sandbox becomes a base.
-pub(crate) const BASE: DedupMode = DedupMode { new_base: true, residents: false };
+pub(crate) const BASE: DedupMode = DedupMode { new_base: true, residents: false, execution_us: 0 };
 
 /// How it goes into the dedup state as fast as on a platform with plenty of memory.
-pub(crate) const ROOMY: DedupMode = DedupMode { new_base: false, residents: true };
+pub(crate) const ROOMY: DedupMode = DedupMode { new_base: false, residents: true, execution_us: 0 };
 
 /// How it does so when memory is short.
-pub(crate) const SHORT: DedupMode = DedupMode { new_base: false, residents: false };
+pub(crate) const SHORT: DedupMode =
+    DedupMode { new_base: false, residents: false, execution_us: 0 };
 
 /// How often a dedup operation that something passing stood in the way of is tried.
 const TRIES: u32 = 5;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use medes_core::{Layout, SandboxId};
-use medes_node::{DedupFailure, DedupMode, DedupReport, NodeApi, NodeEvent, StartFailure};
+use medes_node::{DedupFailure, DedupReport, NodeApi, NodeEvent, StartFailure};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
@@ -321,7 +321,7 @@ impl<N: NodeApi> Inner<N> {
         if self.with(|t, _| t.dedup_is_unwanted(sandbox)) {
             return Err(DedupFailure::Cancelled);
         }
-        let mode = DedupMode { new_base, residents: self.with(|t, _| !t.is_short_of_memory()) };
+        let mode = self.with(|t, _| t.dedup_mode(sandbox, new_base));
         self.guarded(move |inner| async move { inner.node.dedup(sandbox, mode).await })
             .await
             .unwrap_or_else(|| Err(DedupFailure::Lost("the node failed".into())))

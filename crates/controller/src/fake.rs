@@ -95,7 +95,7 @@ struct State {
     filled: Vec<bool>,
     /// Where requests have begun.
     begun: HashMap<RequestId, SandboxId>,
-    residents: Vec<bool>,
+    dedups: Vec<DedupMode>,
     logs: BTreeMap<String, String>,
 }
 
@@ -132,9 +132,9 @@ impl FakeNode {
         self.state.lock().filled.clone()
     }
 
-    /// Of each dedup, whether some pages were to stay.
-    pub fn residents(&self) -> Vec<bool> {
-        self.state.lock().residents.clone()
+    /// How each dedup was to be done.
+    pub fn dedups(&self) -> Vec<DedupMode> {
+        self.state.lock().dedups.clone()
     }
 
     /// How many sandboxes there are.
@@ -342,8 +342,7 @@ impl NodeApi for FakeNode {
         sandbox: SandboxId,
         mode: DedupMode,
     ) -> Result<DedupReport, DedupFailure> {
-        let DedupMode { new_base, residents } = mode;
-        self.state.lock().residents.push(residents);
+        self.state.lock().dedups.push(mode);
         let lost = || DedupFailure::Lost("it is gone".into());
         let began = self.enter(sandbox, Phase::Warm, Phase::Deduping { cancelled: false });
         began.ok_or_else(lost)?;
@@ -373,9 +372,9 @@ impl NodeApi for FakeNode {
         if !self.leave(sandbox, Phase::Dedup) {
             return Err(lost());
         }
-        self.state.lock().bases += u64::from(new_base);
+        self.state.lock().bases += u64::from(mode.new_base);
         Ok(DedupReport {
-            base_bytes: if new_base { 1 << 20 } else { 0 },
+            base_bytes: if mode.new_base { 1 << 20 } else { 0 },
             before: self.usage(Phase::Warm),
             after: self.usage(Phase::Dedup),
             ..DedupReport::default()

@@ -76,6 +76,9 @@ pub struct DedupMode {
     ///
     /// [`DedupConfig::restore_target`]: crate::config::DedupConfig::restore_target
     pub residents: bool,
+    /// What a request usually takes of the function, microseconds; 0 if that is not known. A restore
+    /// may take a small share of it, though the target be shorter.
+    pub execution_us: u64,
 }
 
 /// What a dedup operation did.

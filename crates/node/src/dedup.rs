@@ -33,6 +33,10 @@ const FREEZE_LIMIT: Duration = Duration::from_millis(500);
 /// state would be of little use.
 const RESIDENT_SHARE: u64 = 6;
 
+/// A restore may take one part in so many of what a request takes of the function: few would notice
+/// less, and memory is better used.
+const RESTORE_SHARE: u32 = 16;
+
 type Answer = Result<DedupReport, DedupFailure>;
 
 /// Runs the operation on a thread of its own, which ends with it: the kernel ties stopped
@@ -110,7 +114,7 @@ fn operate(shared: &Shared, entry: &Entry, mode: DedupMode, cancel: &Cancel) -> 
     let base_before = shared.store.usage().snapshots;
     let residents = match mode.new_base {
         true => Vec::new(),
-        false => residents(shared, entry, &before, mode.residents)?,
+        false => residents(shared, entry, &before, mode)?,
     };
     let holder =
         KeeperHolds { keeper: shared.keeper(), sandbox: entry.id, restore: OnceLock::new() };
@@ -181,15 +185,20 @@ fn operate(shared: &Shared, entry: &Entry, mode: DedupMode, cancel: &Cancel) -> 
     })
 }
 
-/// What of a sandbox stays, that takes so much memory now, or less than it needs if some is away. What
-/// stays for a restore to be fast takes memory, of which there has to be `plenty`.
+/// What of a sandbox stays, that takes so much memory now, or less than it needs if some is away.
 fn residents(
     shared: &Shared,
     entry: &Entry,
     now: &MemoryUse,
-    plenty: bool,
+    mode: DedupMode,
 ) -> Result<Vec<Vec<Range<u64>>>, DedupFailure> {
-    let target = if plenty { shared.config.dedup.restore_target } else { Duration::ZERO };
+    let target = match shared.config.dedup.restore_target {
+        target if mode.residents && !target.is_zero() => {
+            target.max(Duration::from_micros(mode.execution_us) / RESTORE_SHARE)
+        }
+        // Only what takes next to no memory.
+        _ => Duration::ZERO,
+    };
     let target_us = u64::try_from(target.as_micros()).unwrap_or(u64::MAX);
     let before = entry.most_private.fetch_max(now.private, Ordering::Relaxed);
     let most = before.max(now.private) / RESIDENT_SHARE;

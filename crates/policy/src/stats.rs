@@ -172,6 +172,12 @@ impl FunctionStats {
         }
     }
 
+    /// The median of what requests took, microseconds; `None` if there were none.
+    #[must_use]
+    pub fn usual_execution_us(&self) -> Option<u64> {
+        self.execution.quantile_us(0.5)
+    }
+
     /// A request took a sandbox, warm or dedup, that had stood idle for `gap_ms`.
     pub fn reused(&mut self, gap_ms: u64) {
         self.gaps.reused(gap_ms);

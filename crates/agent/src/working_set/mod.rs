@@ -433,7 +433,7 @@ mod tests {
         let residents = set.residents(Duration::from_millis(1), most);
         let count = |ranges: &[Range<u64>]| ranges.iter().cloned().flat_map(pages).count();
         // All written to, and of the others as many as it takes.
-        assert!((715..730).contains(&count(&residents.ranges[0])), "{residents:x?}");
+        assert!((740..760).contains(&count(&residents.ranges[0])), "{residents:x?}");
         let is_written = |page: &u64| (page / PAGE).is_multiple_of(2);
         let stay: Vec<u64> = residents.ranges[0].iter().cloned().flat_map(pages).collect();
         // Some are left out, to see whether they are needed.
@@ -443,9 +443,9 @@ mod tests {
         // A host that is slow for a moment changes little, one that is fast much.
         let prefetch = set.prefetch(None, &[]);
         set.took(&prefetch, Duration::from_millis(4));
-        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 760);
+        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 790);
         set.took(&prefetch, Duration::from_micros(100));
-        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 540);
+        assert!(count(&set.residents(Duration::from_millis(1), most).ranges[0]) < 590);
     }
 
     #[test]

@@ -12,10 +12,10 @@ use super::{Member, PAGE, Trial, WorkingSet, share};
 
 /// The share of the target that putting pages back may take without any that stays. The rest is for
 /// what else there is to do: reaching the sandbox and letting it run take half a millisecond or more.
-const ENOUGH: f64 = 0.65;
+const ENOUGH: f64 = 0.6;
 
 /// The share that it may take if some stay: [`ENOUGH`] is not reached again by every change.
-const AIM: f64 = 0.55;
+const AIM: f64 = 0.5;
 
 /// What putting a page back takes of a processor that is equal to a base page, nanoseconds; this and
 /// the next were measured.

@@ -4,6 +4,8 @@ mod faults;
 mod harness;
 mod torture;
 
+use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
@@ -12,8 +14,10 @@ use std::time::Duration;
 use harness::{Bench, Target, pages_of, stripes};
 use medes_agent::RestoreError;
 use medes_agent::dedup::{Cancel, DedupError, Hindrance};
+use medes_agent::encode::PageSource;
+use medes_agent::index::ImageIndex;
 use medes_agent::plan::PlanError;
-use medes_agent::restore::{Filling, RestoreBuffers, Served};
+use medes_agent::restore::{Filling, OpenImage, RestoreBuffers, Served};
 use medes_agent::working_set::{Prefetch, WorkingSet};
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
 use medes_memory::pages::{PageClass, PageRun};
@@ -107,6 +111,37 @@ fn what_was_touched_is_there_the_next_time() {
     }
     // A few are left out to see whether they are needed.
     assert!(faults[0] > 1000 && faults[2] * 20 < faults[0], "{faults:?}");
+}
+
+#[test]
+fn an_image_tells_what_hardly_compresses() {
+    let bench = bench();
+    let mut target = Target::start(3);
+    let mut set = WorkingSet::default();
+    let done = bench.dedup(&target, false).expect("deduplicates");
+    let touched = bench.restore_with(&mut target, &Prefetch::default());
+    set.touched(0, &touched);
+    bench.give_back(done);
+    let done = bench.dedup(&target, false).expect("deduplicates");
+    OpenImage::open(bench.view(), done.image.extent()).expect("an image").teach(&mut set);
+    // Some go, others each time.
+    let stay = (0..16).flat_map(|_| set.residents(Duration::ZERO, 0).ranges.swap_remove(0));
+    let stay: BTreeSet<u64> = stay.flat_map(|range| range.step_by(PAGE_SIZE)).collect();
+    let index = ImageIndex::open(bench.view(), done.image.extent()).expect("an image");
+    let mut large = BTreeSet::new();
+    for page in touched.iter().map(|address| address & !(PAGE_SIZE as u64 - 1)) {
+        let range = page..page + PAGE_SIZE as u64;
+        let found = index.for_each_source(0, range, |_, source, patch| {
+            if matches!(source, PageSource::Patch { .. }) && patch.len() > 15 * PAGE_SIZE / 16 {
+                large.insert(page);
+            }
+            Ok::<_, Infallible>(())
+        });
+        let Ok(()) = found;
+    }
+    assert!(large.len() > 100 && stay == large, "{} of {}", stay.len(), large.len());
+    bench.restore(&mut target, Target::check);
+    bench.give_back(done);
 }
 
 #[test]

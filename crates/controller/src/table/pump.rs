@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use medes_core::{FunctionId, FunctionName, SandboxId, StartKind};
-use medes_policy::{DEDUP_FREES_PERCENT, Need, choose};
+use medes_node::DedupMode;
+use medes_policy::{DEDUP_FREES_PERCENT, FunctionStats, Need, choose};
 
 use super::{Effect, Entry, Grant, Phase, Starting, Table, UNKNOWN_WARM_BYTES, Version, Waiter};
 use crate::config::PartialRestore;
@@ -256,8 +257,17 @@ impl Table {
         }
     }
 
+    /// How a sandbox is to be deduplicated now.
+    pub(crate) fn dedup_mode(&self, sandbox: SandboxId, new_base: bool) -> DedupMode {
+        let entry = self.sandboxes.get(&sandbox);
+        let version = entry.and_then(|entry| self.versions.get(&entry.function));
+        let stats = version.and_then(|version| self.stats.get(&version.deployed.spec.name));
+        let execution_us = stats.and_then(FunctionStats::usual_execution_us).unwrap_or_default();
+        DedupMode { new_base, residents: !self.is_short_of_memory(), execution_us }
+    }
+
     /// Whether less memory is free than the headroom that dedup is to keep.
-    pub(crate) fn is_short_of_memory(&self) -> bool {
+    fn is_short_of_memory(&self) -> bool {
         let pressure = self.pressure();
         let headroom = pressure.budget / 100 * u64::from(self.settings.headroom_percent);
         pressure.excess(headroom) > 0

@@ -201,11 +201,13 @@ async fn what_nobody_touches_stays_away_while_memory_is_short() {
         });
         rig.node.behave(|b| b.budget = budget);
         rig.deploy_with("a", |d| d.memory_mib = 32).await;
-        rig.invoke("a", "1").await.unwrap();
+        rig.invoke("a", r#"{"sleep_ms": 20}"#).await.unwrap();
         sleep(ms(5_000)).await;
         assert_eq!(rig.invoke("a", "1").await.unwrap().start, StartKind::Dedup);
         assert_eq!(rig.node.filled(), [fills], "{partial_restore:?} {budget}");
-        assert_eq!(rig.node.residents(), [stay], "{partial_restore:?} {budget}");
+        let [mode] = rig.node.dedups()[..] else { panic!("one dedup") };
+        assert_eq!(mode.residents, stay, "{partial_restore:?} {budget}");
+        assert!((15_000..25_000).contains(&mode.execution_us), "{mode:?}");
         rig.end().await;
     }
 }
