@@ -350,9 +350,9 @@ const COMMENTS: &[(&str, &[(&str, &str)])] = &[
             ),
             (
                 "restore_target",
-                "How long bringing a sandbox back may take. Of a larger working set some pages stay in \
-                 memory, a sixth of the sandbox at most, while there is plenty; \"0\": for the least \
-                 memory.",
+                "How long bringing a sandbox back may take; or a sixteenth of what the function's \
+                 requests take, if that is longer. Of a larger working set some pages stay in memory, a \
+                 sixth of the sandbox at most, while there is plenty; \"0\": for the least memory.",
             ),
             ("workers", "Threads that one dedup operation uses."),
         ],

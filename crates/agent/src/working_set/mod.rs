@@ -112,7 +112,7 @@ pub struct Prefetch {
     pub ranges: Vec<Vec<PrefetchRange>>,
     /// What is there already, per process and in order.
     residents: Vec<Vec<Range<u64>>>,
-    /// What putting them back is thought to take of a processor.
+    /// What putting them back is thought to take of a processor; 0 if nobody knows.
     work_ns: u64,
     /// The trial's number; 0 if there is none.
     trial: u64,
@@ -188,10 +188,10 @@ impl WorkingSet {
         }
     }
 
-    /// Putting `prefetch` back took so long.
+    /// Putting `prefetch` back, which is this set's, took so long.
     pub fn took(&mut self, prefetch: &Prefetch, time: Duration) {
         let pages: u64 = prefetch.ranges.iter().flatten().map(PrefetchRange::pages).sum();
-        if pages < FEW {
+        if pages < FEW || prefetch.work_ns == 0 {
             return;
         }
         let seen = time.as_nanos() as f64 / prefetch.work_ns as f64;
