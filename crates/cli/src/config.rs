@@ -168,7 +168,8 @@ pub struct Dedup {
     /// When pages that nobody touches after a restore stay deduplicated.
     pub partial_restore: PartialRestore,
     /// How long bringing a dedup sandbox back may take before some of its working set stays in
-    /// memory instead; zero: only what would take as much in the page store does.
+    /// memory instead, or a sixteenth of what requests take if that is longer; zero: only what would
+    /// take as much in the page store stays.
     pub restore_target: Period,
     /// Threads that one dedup operation uses.
     pub workers: u32,

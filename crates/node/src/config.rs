@@ -48,7 +48,10 @@ pub struct DedupConfig {
     /// Threads that encode pages.
     pub workers: usize,
     /// How long bringing a dedup sandbox back may take before some of its working set stays where it
-    /// is instead; zero: only what would take as much memory in the page store does.
+    /// is instead. A small share of what requests take counts if that is longer
+    /// ([`DedupMode::execution_us`]). Zero: only what would take as much memory in the page store stays.
+    ///
+    /// [`DedupMode::execution_us`]: crate::api::DedupMode::execution_us
     pub restore_target: Duration,
     /// How long a base snapshot that nobody refers to is kept, milliseconds.
     pub base_idle_ms: u64,
