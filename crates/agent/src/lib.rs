@@ -14,6 +14,7 @@ pub mod image;
 pub mod index;
 pub mod plan;
 mod put_back;
+mod read_ahead;
 pub mod restore;
 pub mod view;
 pub mod working_set;

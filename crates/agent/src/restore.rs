@@ -18,6 +18,7 @@ use crate::error::{ESRCH, RestoreError};
 use crate::index::ImageIndex;
 pub use crate::put_back::RestoreBuffers;
 use crate::put_back::{PutBack, Watch, all_beforehand};
+use crate::read_ahead::{ReadAhead, Step};
 use crate::view::{AddressView, Belongs, SpaceView};
 use crate::working_set::{Prefetch, PrefetchRange, WorkingSet};
 
@@ -219,6 +220,7 @@ struct State {
     filling: Filling,
     /// Somebody else has the userfaultfd: nothing is served or filled in.
     suspended: bool,
+    ahead: ReadAhead,
 }
 
 /// How far filling in is.
@@ -232,6 +234,18 @@ pub enum Filling {
     Released,
 }
 
+/// What comes unasked with a page that a thread waits for: a page costs 1.3 us in a batch and ten times
+/// that when a thread has to wait.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Unasked {
+    /// Nothing.
+    Nothing,
+    /// The block of so many pages, a power of two, that it lies in.
+    Block(u64),
+    /// What lies ahead, if the thread reads one page after the other.
+    Ahead,
+}
+
 /// What serving an address space once did.
 #[derive(Default)]
 pub struct Served {
@@ -239,8 +253,11 @@ pub struct Served {
     pub faults: u64,
     /// Pages put back for them.
     pub pages: u64,
-    /// The pages, by their addresses in the image, that threads waited for.
+    /// The pages, by their addresses in the image, that threads waited for, or came through as they
+    /// read on.
     pub touched: Vec<u64>,
+    /// What came with them unasked, by addresses in the image.
+    pub unasked: Vec<Range<u64>>,
     /// Address spaces of children that were forked.
     pub children: Vec<Arc<AddressSpace>>,
 }
@@ -255,7 +272,9 @@ impl AddressSpace {
     ) -> Self {
         let filling = Filling::Going;
         let moved = Vec::new();
-        let state = State { userfault, view, filled_to: 0, moved, filling, suspended: false };
+        let ahead = ReadAhead::default();
+        let state =
+            State { userfault, view, filled_to: 0, moved, filling, suspended: false, ahead };
         Self { index: Arc::clone(index), process, child, state: state.into() }
     }
 
@@ -283,27 +302,25 @@ impl AddressSpace {
         self.process
     }
 
-    /// Follows what the process reports and answers its faults; does not wait for any. With each
-    /// page that a thread waits for, those in the same block of `neighbours` pages (a power of two)
-    /// are put back too: a page costs 1.3 us in a batch and ten times that when a thread has to wait.
+    /// Follows what the process reports and answers its faults; does not wait for any.
     ///
     /// # Errors
     /// [`RestoreError`]. [`RestoreError::is_gone`] when the process has ended; after any other
     /// error it must be killed, for a thread may wait for ever.
     pub fn serve(
         &self,
-        neighbours: u64,
+        unasked: Unasked,
         buffers: &mut RestoreBuffers,
         served: &mut Served,
     ) -> Result<(), RestoreError> {
         let mut state = self.lock();
-        self.serve_locked(&mut state, neighbours, buffers, served)
+        self.serve_locked(&mut state, unasked, buffers, served)
     }
 
     fn serve_locked(
         &self,
         state: &mut State,
-        neighbours: u64,
+        unasked: Unasked,
         buffers: &mut RestoreBuffers,
         served: &mut Served,
     ) -> Result<(), RestoreError> {
@@ -345,7 +362,7 @@ impl AddressSpace {
                     }
                 }
             }
-            match self.answer(state, &mut waiting, neighbours, buffers, served) {
+            match self.answer(state, &mut waiting, unasked, buffers, served) {
                 Ok(()) => {}
                 // It changes its mappings and waits for us to read of it.
                 Err(RestoreError::Fill(FillError::Changing { .. })) => {}
@@ -361,7 +378,7 @@ impl AddressSpace {
         &self,
         state: &mut State,
         waiting: &mut Vec<(u64, Watch)>,
-        neighbours: u64,
+        unasked: Unasked,
         buffers: &mut RestoreBuffers,
         served: &mut Served,
     ) -> Result<(), RestoreError> {
@@ -370,14 +387,7 @@ impl AddressSpace {
                 Belongs::Image(origin) => {
                     let page = address..address + PAGE;
                     served.pages += self.put_back(state).pages(&page, watch, buffers)?;
-                    let block = address & !(neighbours * PAGE - 1);
-                    let near = state.view.around(address, block..block + neighbours * PAGE);
-                    for near in [near.start..address, address + PAGE..near.end] {
-                        if near.start < near.end {
-                            served.pages +=
-                                self.put_back(state).pages(&near, Watch::Yes, buffers)?;
-                        }
-                    }
+                    self.answer_more(state, (address, origin), unasked, buffers, served)?;
                     served.touched.push(origin);
                     // A page that is in no run is zero.
                     self.zero(state, address)?;
@@ -386,6 +396,43 @@ impl AddressSpace {
             }
             served.faults += 1;
             waiting.pop();
+        }
+        Ok(())
+    }
+
+    /// Puts back what comes unasked with the page at an address, of which the second is the one in the
+    /// image.
+    fn answer_more(
+        &self,
+        state: &mut State,
+        (address, origin): (u64, u64),
+        unasked: Unasked,
+        buffers: &mut RestoreBuffers,
+        served: &mut Served,
+    ) -> Result<(), RestoreError> {
+        let of_image = |range: &Range<u64>, view: &AddressView| {
+            let range = view.around(address, range.clone());
+            let at = |at: u64| origin.wrapping_add(at.wrapping_sub(address));
+            at(range.start)..at(range.end.max(range.start))
+        };
+        let behind = address + PAGE;
+        let more = match unasked {
+            Unasked::Nothing => return Ok(()),
+            Unasked::Block(pages) => {
+                let block = address & !(pages * PAGE - 1);
+                let near = state.view.around(address, block..block + pages * PAGE);
+                [near.start..address, behind..near.end]
+            }
+            Unasked::Ahead => {
+                let Step { passed, ahead } = state.ahead.step(address);
+                served.touched.extend(of_image(&passed, &state.view).step_by(PAGE_SIZE));
+                [behind..behind, ahead]
+            }
+        };
+        for range in more.into_iter().filter(|range| range.start < range.end) {
+            served.unasked.push(of_image(&range, &state.view));
+            let range = PrefetchRange { range, written: false };
+            served.pages += self.put_back(state).beforehand(&range, buffers)?;
         }
         Ok(())
     }
@@ -444,7 +491,7 @@ impl AddressSpace {
         served: &mut Served,
     ) -> Result<Filling, RestoreError> {
         let mut state = self.lock();
-        self.serve_locked(&mut state, 1, buffers, served)?;
+        self.serve_locked(&mut state, Unasked::Nothing, buffers, served)?;
         if state.suspended || state.filling == Filling::Released {
             return Ok(state.filling);
         }
@@ -540,7 +587,7 @@ impl AddressSpace {
         served: &mut Served,
     ) -> Result<SpaceView, RestoreError> {
         let mut state = self.lock();
-        self.serve_locked(&mut state, 1, buffers, served)?;
+        self.serve_locked(&mut state, Unasked::Nothing, buffers, served)?;
         if is_gone(&state) {
             // The process may live on, with another program's memory (execve(2)).
             return Err(FillError::Gone.into());

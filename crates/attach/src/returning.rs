@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use medes_agent::RestoreError;
-use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Served};
+use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Served, Unasked};
 
 /// Pages filled in before faults get their turn: what a thread may have to wait for.
 const FILL_PAGES: u64 = 16;
 
-/// Pages put back with one that a thread waits for.
-const NEIGHBOURS: u64 = 8;
+/// What is put back with each page that a thread waits for.
+const UNASKED: Unasked = Unasked::Block(8);
 
 /// How it went.
 #[derive(Clone, Copy, Default, Debug)]
@@ -58,7 +58,7 @@ fn advance(
         // A thread of any of them may be waiting.
         for space in spaces {
             let mut served = Served::default();
-            let result = space.serve(NEIGHBOURS, buffers, &mut served);
+            let result = space.serve(UNASKED, buffers, &mut served);
             note(returned, children, served);
             match result {
                 Ok(()) => {}

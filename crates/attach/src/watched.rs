@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use medes_agent::RestoreError;
-use medes_agent::restore::{self, AddressSpace, RestoreBuffers, Served};
+use medes_agent::restore::{self, AddressSpace, RestoreBuffers, Served, Unasked};
 use medes_agent::view::SpaceView;
 use medes_core::{DomainId, FunctionId};
 use medes_store::ImageHandle;
@@ -167,7 +167,7 @@ fn serve(spaces: &[Arc<AddressSpace>], stop: &UnixStream) -> Result<(), RestoreE
             if is_ready.next() != Some(true) {
                 return true;
             }
-            match space.serve(1, &mut buffers, &mut Served::default()) {
+            match space.serve(Unasked::Nothing, &mut buffers, &mut Served::default()) {
                 Ok(()) => true,
                 Err(error) if error.is_gone() => false,
                 Err(error) => {

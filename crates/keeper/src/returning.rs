@@ -14,19 +14,22 @@ use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::protocol::Returned;
-use medes_agent::restore::{self, AddressSpace, Filling, RestoreBuffers, Revived, Served};
+use medes_agent::restore::{self, AddressSpace, Filling, RestoreBuffers, Revived, Served, Unasked};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::{Prefetch, PrefetchRange, WorkingSet};
-use medes_memory::ranges::slices;
+use medes_memory::ranges::{slices, within};
+use medes_pages::PAGE_SIZE;
 use medes_store::Extent;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 /// Threads that answer faults.
 const SERVERS: usize = 2;
 
-/// Pages put back for each one that a thread waits for: that one. What came with it unasked would
-/// never be learned to be needed, and the next restore would have to wait for it again.
-const NEIGHBOURS: u64 = 1;
+/// What is put back with each page that a thread waits for: what it is sure to need next. Of more that
+/// came unasked nobody would learn whether it is needed, and the next restore would have to wait for it
+/// again: with whole blocks of eight pages the first restore of a function waits for a third of its
+/// pages, and it takes five to ten restores until all of them are known.
+const UNASKED: Unasked = Unasked::Ahead;
 
 /// Bytes of the working set that are put back between two looks for faults, if the sandbox runs
 /// already.
@@ -44,6 +47,8 @@ pub(crate) struct Returning {
     fill: AtomicBool,
     spaces: Mutex<Vec<Watch>>,
     touched: Mutex<Vec<Vec<u64>>>,
+    /// What came unasked with what was touched, for each process.
+    unasked: Mutex<Vec<Vec<Range<u64>>>>,
     /// Its working set, once that has been put back or is about to be.
     prefetch: OnceLock<Prefetch>,
     /// How many processes the image has.
@@ -126,24 +131,10 @@ impl Service {
         fill: bool,
         kill: Box<dyn Fn(&str) + Send + Sync>,
     ) -> io::Result<Arc<Returning>> {
-        let memory = Arc::new(Returning {
-            number: self.shared.next.fetch_add(1, Ordering::Relaxed),
-            since: Instant::now(),
-            fill: fill.into(),
-            spaces: Mutex::default(),
-            suspended: Mutex::default(),
-            touched: Mutex::default(),
-            prefetch: prefetch.map(OnceLock::from).unwrap_or_default(),
-            processes: revived.spaces.len(),
-            requests: 0.into(),
-            stopped: false.into(),
-            filling: Mutex::default(),
-            filled: false.into(),
-            faults: 0.into(),
-            pages: 0.into(),
-            prefetched: revived.pages.into(),
-            kill,
-        });
+        let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        let memory = Returning::new(number, fill, revived.spaces.len(), prefetch, kill);
+        memory.prefetched.store(revived.pages, Ordering::Relaxed);
+        let memory = Arc::new(memory);
         for space in revived.spaces {
             if let Err(error) = self.shared.watch(&memory, space) {
                 // Those that are watched already would be for ever.
@@ -248,6 +239,34 @@ impl Service {
 }
 
 impl Returning {
+    fn new(
+        number: u64,
+        fill: bool,
+        processes: usize,
+        prefetch: Option<Prefetch>,
+        kill: Box<dyn Fn(&str) + Send + Sync>,
+    ) -> Self {
+        Self {
+            number,
+            since: Instant::now(),
+            fill: fill.into(),
+            spaces: Mutex::default(),
+            suspended: Mutex::default(),
+            touched: Mutex::default(),
+            unasked: Mutex::default(),
+            prefetch: prefetch.map(OnceLock::from).unwrap_or_default(),
+            processes,
+            requests: 0.into(),
+            stopped: false.into(),
+            filling: Mutex::default(),
+            filled: false.into(),
+            faults: 0.into(),
+            pages: 0.into(),
+            prefetched: 0.into(),
+            kill,
+        }
+    }
+
     /// A request is over: tells the working set what was touched since the last time. The first
     /// request since the restore concludes the trial of what was left out.
     pub(crate) fn teach(&self, set: &mut WorkingSet) {
@@ -258,14 +277,23 @@ impl Returning {
         if self.requests.fetch_add(1, Ordering::AcqRel) == 0
             && let Some(prefetch) = self.prefetch.get()
         {
-            set.conclude(prefetch, &touched);
+            let mut needed = touched;
+            // Nobody knows of those.
+            for (process, unasked) in lock(&self.unasked).iter().enumerate() {
+                of_process(&mut needed, process).extend(unasked.iter().flat_map(pages));
+            }
+            set.conclude(prefetch, &needed);
         }
     }
 
     /// Tells the function's working set what requests have written to, process by process.
     pub(crate) fn teach_written(&self, set: &mut WorkingSet, written: &[Vec<Range<u64>>]) {
         let Some(prefetch) = self.prefetch.get().filter(|_| self.requests() > 0) else { return };
+        let unasked = std::mem::take(&mut *lock(&self.unasked));
         for (process, ranges) in written.iter().enumerate() {
+            let of_process = unasked.get(process).into_iter().flatten();
+            let needed = of_process.flat_map(|range| within(range, ranges));
+            set.touched(process, &needed.flat_map(|range| pages(&range)).collect::<Vec<_>>());
             set.written(process, prefetch, ranges);
         }
     }
@@ -350,13 +378,25 @@ impl Returning {
         self.faults.fetch_add(served.faults, Ordering::Relaxed);
         self.pages.fetch_add(served.pages, Ordering::Relaxed);
         if !served.touched.is_empty() {
-            let mut touched = lock(&self.touched);
-            if touched.len() <= process {
-                touched.resize_with(process + 1, Vec::new);
-            }
-            touched[process].extend_from_slice(&served.touched);
+            of_process(&mut lock(&self.touched), process).extend_from_slice(&served.touched);
+        }
+        if !served.unasked.is_empty() {
+            of_process(&mut lock(&self.unasked), process).extend_from_slice(&served.unasked);
         }
     }
+}
+
+/// The list of a process.
+fn of_process<T>(lists: &mut Vec<Vec<T>>, process: usize) -> &mut Vec<T> {
+    if lists.len() <= process {
+        lists.resize_with(process + 1, Vec::new);
+    }
+    &mut lists[process]
+}
+
+/// The addresses of pages.
+fn pages(range: &Range<u64>) -> impl Iterator<Item = u64> + use<> {
+    range.clone().step_by(PAGE_SIZE)
 }
 
 impl Shared {
@@ -413,7 +453,7 @@ impl Shared {
         buffers: &mut RestoreBuffers,
     ) {
         let mut served = Served::default();
-        let result = space.serve(NEIGHBOURS, buffers, &mut served);
+        let result = space.serve(UNASKED, buffers, &mut served);
         memory.record(space.process(), &served);
         if !served.children.is_empty() {
             // A sandbox may fork for each request.
@@ -534,6 +574,41 @@ mod tests {
     use medes_store::{Store, View};
 
     use super::*;
+
+    #[test]
+    fn what_comes_unasked_is_learned_if_it_is_written_to() {
+        const PAGE: u64 = PAGE_SIZE as u64;
+        let at = |page: u64| (1 << 20) + page * PAGE;
+        let mut set = WorkingSet::default();
+        let memory = Returning::new(1, false, 1, Some(set.prefetch(None, &[])), Box::new(|_| {}));
+        let unasked = vec![at(0)..at(3), at(4)..at(8)];
+        let touched = vec![at(100), at(3)];
+        memory.record(0, &Served { touched, unasked, ..Served::default() });
+        memory.teach(&mut set);
+        assert_eq!(set.pages(), 2);
+        memory.teach_written(&mut set, &[vec![at(1)..at(2), at(3)..at(6), at(20)..at(22)]]);
+        assert_eq!(set.pages(), 5);
+        let known = set.prefetch(None, &[]).ranges.swap_remove(0);
+        let known: Vec<_> = known.into_iter().map(|known| (known.range, known.written)).collect();
+        assert_eq!(known, [(at(1)..at(2), true), (at(3)..at(6), true), (at(100)..at(101), false)]);
+    }
+
+    #[test]
+    fn what_was_left_out_and_came_unasked_is_not_forgotten() {
+        const PAGE: u64 = PAGE_SIZE as u64;
+        let mut set = WorkingSet::default();
+        let all: Vec<u64> = (0..4096).map(|page| (1 << 24) + page * PAGE).collect();
+        set.touched(0, &all);
+        let trial = set.trial();
+        let prefetch = set.prefetch(Some(trial), &[]);
+        let back: u64 = prefetch.ranges[0].iter().map(|r| r.range.end - r.range.start).sum();
+        assert!(back / PAGE < 4096, "some are left out");
+        let memory = Returning::new(1, false, 1, Some(prefetch), Box::new(|_| {}));
+        let unasked = vec![all[0]..all[9], all[9]..all[4095] + PAGE];
+        memory.record(0, &Served { unasked, ..Served::default() });
+        memory.teach(&mut set);
+        assert_eq!(set.pages(), 4096);
+    }
 
     #[test]
     fn what_cannot_be_served_whole_is_not_served_at_all() {

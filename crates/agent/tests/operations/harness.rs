@@ -15,7 +15,7 @@ use medes_agent::dedup::{
 use medes_agent::image::ProcessTable;
 use medes_agent::index::ImageIndex;
 use medes_agent::restore::{
-    self, AddressSpace, Filling, HeldImage, RestoreBuffers, Revived, Served,
+    self, AddressSpace, Filling, HeldImage, RestoreBuffers, Revived, Served, Unasked,
 };
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
@@ -362,7 +362,7 @@ pub fn serve_while(revived: &Revived, work: impl FnOnce()) -> Served {
             let mut served = Served::default();
             while !stop.load(Ordering::Acquire) {
                 for space in &revived.spaces {
-                    space.serve(1, &mut buffers, &mut served).expect("serves");
+                    space.serve(Unasked::Ahead, &mut buffers, &mut served).expect("serves");
                 }
                 std::thread::yield_now();
             }

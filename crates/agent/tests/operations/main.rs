@@ -114,6 +114,17 @@ fn what_was_touched_is_there_the_next_time() {
 }
 
 #[test]
+fn what_is_read_in_order_comes_before_it_is_waited_for() {
+    let bench = bench();
+    let mut target = Target::start(3);
+    let done = bench.dedup(&target, false).expect("deduplicates");
+    // Most of it are arrays.
+    let faults = bench.restore(&mut target, Target::check);
+    assert!(faults * 5 < done.counts.pages, "{faults} faults for {:?}", done.counts);
+    bench.give_back(done);
+}
+
+#[test]
 fn an_image_tells_what_hardly_compresses() {
     let bench = bench();
     let mut target = Target::start(3);

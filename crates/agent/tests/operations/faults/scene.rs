@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use medes_agent::RestoreError;
 use medes_agent::dedup::{Handover, Holder};
-use medes_agent::restore::{self, AddressSpace, Filling, HeldImage, RestoreBuffers, Served};
+use medes_agent::restore::{
+    self, AddressSpace, Filling, HeldImage, RestoreBuffers, Served, Unasked,
+};
 use medes_agent::view::SpaceView;
 use medes_agent::working_set::Prefetch;
 use medes_sandbox::Cgroup;
@@ -129,7 +131,7 @@ pub fn serve(
         let is_ready: Vec<bool> = ready.iter().map(|fd| fd.any().unwrap_or(true)).collect();
         let mut gone = Vec::new();
         for (n, (space, _)) in watched.iter().enumerate().filter(|(n, _)| is_ready[*n]) {
-            match space.serve(8, buffers, &mut Served::default()) {
+            match space.serve(Unasked::Ahead, buffers, &mut Served::default()) {
                 Ok(()) => {}
                 Err(error) if error.is_gone() => gone.push(n),
                 Err(error) => return Err(error),

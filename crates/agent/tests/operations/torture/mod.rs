@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use medes_agent::dedup::{Cancel, DedupError, Deduplicated, Hindrance};
 use medes_agent::plan::PlanError;
-use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Served};
+use medes_agent::restore::{AddressSpace, Filling, RestoreBuffers, Served, Unasked};
 use medes_agent::working_set::Prefetch;
 use medes_memory::obstacle::Obstacle;
 use medes_memory::session::SessionError;
@@ -192,7 +192,7 @@ impl Torture<'_> {
         beforehand.iter_mut().for_each(|pages| pages.retain(|range| range.start >= from));
         let revived = image.revive(&Prefetch::of(&beforehand), &mut RestoreBuffers::default());
         let revived = revived.unwrap_or_else(|error| panic!("not revived: {error}"));
-        self.service.begin(1 << self.random.below(4));
+        self.service.begin([0, 1, 4, 8][self.random.below(4) as usize]);
         *self.bench.watched.lock().unwrap() = revived.spaces;
         self.before = Some(done);
         self.target.cgroup.thaw().expect("thaws");
@@ -228,8 +228,8 @@ impl Torture<'_> {
 /// Answers the faults of what is watched, and brings it back.
 #[derive(Default)]
 struct Service {
-    /// Pages put back with each one that is waited for.
-    neighbours: AtomicU64,
+    /// What comes unasked: blocks of so many pages, or with 0 what lies ahead.
+    block: AtomicU64,
     /// Bring the rest back.
     fill: AtomicBool,
     /// Go on watching when all is back.
@@ -239,8 +239,8 @@ struct Service {
 }
 
 impl Service {
-    fn begin(&self, neighbours: u64) {
-        self.neighbours.store(neighbours, Ordering::Release);
+    fn begin(&self, block: u64) {
+        self.block.store(block, Ordering::Release);
         self.fill.store(false, Ordering::Release);
         self.keep.store(true, Ordering::Release);
     }
@@ -262,7 +262,10 @@ impl Service {
     ) -> Result<(), medes_agent::RestoreError> {
         let fill = self.fill.load(Ordering::Acquire);
         let keep = self.keep.load(Ordering::Acquire);
-        let neighbours = self.neighbours.load(Ordering::Acquire).max(1);
+        let unasked = match self.block.load(Ordering::Acquire) {
+            0 => Unasked::Ahead,
+            pages => Unasked::Block(pages),
+        };
         let mut children = Vec::new();
         let mut result = Ok(());
         spaces.retain(|space| {
@@ -270,7 +273,7 @@ impl Service {
             let is_due = space.filling() == Filling::Going || !keep;
             let done = match fill && is_due {
                 true => space.fill(64, keep, buffers, &mut served),
-                false => space.serve(neighbours, buffers, &mut served).map(|()| Filling::Going),
+                false => space.serve(unasked, buffers, &mut served).map(|()| Filling::Going),
             };
             self.faults.fetch_add(served.faults, Ordering::Relaxed);
             children.append(&mut served.children);
