@@ -2,9 +2,10 @@
 //!
 //! Every cycle takes one sandbox through the same steps: it is left alone, deduplicated, left alone
 //! again, and called twice in a row (a dedup start and the request after it); it is left alone once
-//! more and called twice in a row with the same two inputs, now warm. So each dedup start has a warm
-//! one beside it that had the same input, after the same pause, a moment later, and what a dedup
-//! start adds is the difference of the two.
+//! more and called twice in a row with the same two inputs, now warm, and once more and called with
+//! the first input. So each dedup start has two warm ones beside it that had the same input, after the
+//! same pause, a moment later, and what a dedup start adds is what it takes longer than their mean.
+//! What the two differ by is the noise of that.
 
 use std::time::{Duration, Instant};
 
@@ -34,7 +35,7 @@ const FRESH: usize = 3;
 /// What a request pays for finding its sandbox cold, warm or dedup, through the front door.
 ///
 /// Deploys example functions on a private platform and, for each of them, starts sandboxes anew and
-/// takes one through dedup and back many times. Each dedup start is compared with a warm request of
+/// takes one through dedup and back many times. Each dedup start is compared with two warm requests of
 /// the same input, after the same pause. Every answer is checked; a wrong one makes the command
 /// fail. All ten functions take about ten minutes.
 #[derive(Debug, Args)]
@@ -76,10 +77,14 @@ struct FunctionReport {
     dedup_ms: Option<Percentiles>,
     /// The request right after a dedup start.
     next_ms: Option<Percentiles>,
-    /// What a dedup start takes longer than its warm counterpart.
+    /// What a dedup start takes longer than the mean of its two warm counterparts.
     added_ms: Option<Percentiles>,
     /// What the request after it takes longer than its warm counterpart.
     next_added_ms: Option<Percentiles>,
+    /// What the second of those counterparts takes longer than the first: the noise of `added_ms`.
+    noise_ms: Option<Percentiles>,
+    /// The first dedup start of the function, when nothing is known of its working set.
+    unknown_ms: Option<f64>,
     phases: Phases,
     /// Pages put back before the sandbox ran.
     pages_before: Option<Percentiles>,
@@ -120,7 +125,7 @@ struct Operations {
     first: Option<Operation>,
     /// The second of a sandbox, after one request.
     repeated: Option<Operation>,
-    /// Those of the cycles, after four requests each.
+    /// Those of the cycles, after five requests each.
     in_cycles: Option<Operation>,
 }
 
@@ -151,6 +156,8 @@ struct Samples {
     next: Vec<f64>,
     added: Vec<f64>,
     next_added: Vec<f64>,
+    noise: Vec<f64>,
+    unknown: Option<f64>,
     schedule: Vec<f64>,
     prefetch: Vec<f64>,
     thaw: Vec<f64>,
@@ -183,7 +190,7 @@ impl LifecycleCommand {
         bench.view.say(&format!("computing the right answers to {requests} requests per function"));
         let cases = all_cases(&bench.functions, &bench.source, |f| f.plain_events(requests))?;
         let circumstances = Circumstances::now();
-        let of_line = requests + cycles * INPUTS;
+        let of_line = requests + cycles * (INPUTS + 1);
         let mut lines: Vec<_> =
             bench.functions.iter().map(|f| bench.view.line(f.name.as_str(), of_line)).collect();
         let mut reports = Vec::new();
@@ -254,7 +261,8 @@ impl Course<'_> {
             _ => &mut self.samples.with_base,
         };
         of_its_kind.push(first);
-        self.call(&cases[2], StartKind::Dedup)?;
+        let (_, ms) = self.call(&cases[2], StartKind::Dedup)?;
+        self.samples.unknown.get_or_insert(ms);
         let again = self.dedup(sandbox)?;
         if again.report.base_bytes == 0 {
             self.samples.repeated.push(again);
@@ -273,16 +281,19 @@ impl Course<'_> {
         self.bench.pause();
         let (warm, warm_ms) = self.call(first, StartKind::Warm)?;
         let (_, warm_again_ms) = self.call(second, StartKind::Warm)?;
-        let all = [&dedup, &warm].map(|answer| answer.sandbox);
+        self.bench.pause();
+        let (warm_too, warm_too_ms) = self.call(first, StartKind::Warm)?;
+        let all = [&dedup, &warm, &warm_too].map(|answer| answer.sandbox);
         ensure!(all.iter().all(|s| *s == Some(sandbox)), "another sandbox answered");
         let s = &mut self.samples;
         s.dedup.push(dedup_ms);
         s.next.push(next_ms);
-        s.warm.push(warm_ms);
+        s.warm.extend([warm_ms, warm_too_ms]);
         s.warm_again.push(warm_again_ms);
-        s.added.push(dedup_ms - warm_ms);
+        s.added.push(dedup_ms - (warm_ms + warm_too_ms) / 2.0);
         s.next_added.push(next_ms - warm_again_ms);
-        s.note_phases(&dedup, &warm);
+        s.noise.push(warm_too_ms - warm_ms);
+        s.note_phases(&dedup, [&warm, &warm_too]);
         Ok(())
     }
 
@@ -326,6 +337,8 @@ impl Course<'_> {
             next_ms: of(&s.next),
             added_ms: of(&s.added),
             next_added_ms: of(&s.next_added),
+            noise_ms: of(&s.noise),
+            unknown_ms: s.unknown,
             phases: Phases {
                 schedule_ms: of(&s.schedule),
                 prefetch_ms: of(&s.prefetch),
@@ -350,7 +363,7 @@ impl Course<'_> {
 }
 
 impl Samples {
-    fn note_phases(&mut self, dedup: &Answer, warm: &Answer) {
+    fn note_phases(&mut self, dedup: &Answer, warm: [&Answer; 2]) {
         let ms = |us: u64| us as f64 / 1e3;
         let memory = dedup.memory.unwrap_or_default();
         let before = dedup.timing.queue_us + dedup.timing.startup_us;
@@ -358,7 +371,8 @@ impl Samples {
         self.schedule.push(ms(before.saturating_sub(back)));
         self.prefetch.push(ms(memory.prefetch_us));
         self.thaw.push(ms(memory.thaw_us));
-        self.running.push(ms(dedup.timing.execution_us) - ms(warm.timing.execution_us));
+        let of_warm: f64 = warm.iter().map(|warm| ms(warm.timing.execution_us)).sum();
+        self.running.push(ms(dedup.timing.execution_us) - of_warm / 2.0);
         self.pages_before.push(memory.pages_before as f64);
         self.pages_on_demand.push(memory.pages_on_demand as f64);
         self.faults.push(memory.faults as f64);
@@ -388,10 +402,11 @@ impl Report {
     fn human(&self) -> String {
         let mut out = self.requests();
         out.push_str(
-            "\nms, medians unless said otherwise. ADDED: a dedup start less a warm request of the \
-             same input; of it,\nchoosing and reaching the sandbox, putting the working set back, \
-             letting it run, and what the function\nitself takes longer. NEXT: the request after a \
-             dedup start, against its warm counterpart.\n\n",
+            "\nms, medians unless said otherwise. NEW: the first dedup start of all, when nobody knows \
+             yet what requests\ntouch. ADDED: a dedup start less the mean of two warm requests of the same \
+             input; of it, choosing and\nreaching the sandbox, putting the working set back, letting \
+             it run, and what the function itself takes\nlonger. NOISE: one of those warm requests \
+             less the other. NEXT: the request after a dedup start, less its warm\ncounterpart.\n\n",
         );
         out.push_str(&self.operations());
         out.push_str(
@@ -415,9 +430,11 @@ impl Report {
                 "FUNCTION",
                 ">COLD",
                 ">WARM",
+                ">NEW",
                 ">DEDUP",
                 ">ADDED",
                 ">p99",
+                ">NOISE p99",
                 ">REACH",
                 ">PREFETCH",
                 ">THAW",
@@ -428,9 +445,9 @@ impl Report {
                 ">WRONG",
             ],
             self.functions.iter().map(|f| {
-                let next = match (f.next_ms, f.warm_again_ms) {
-                    (Some(next), Some(warm)) => {
-                        format!("{:+.0} %", (next.p50 / warm.p50 - 1.0) * 100.0)
+                let next = match (f.next_added_ms, f.warm_again_ms) {
+                    (Some(added), Some(warm)) => {
+                        format!("{:+.0} %", added.p50 / warm.p50 * 100.0)
                     }
                     _ => "-".into(),
                 };
@@ -438,9 +455,11 @@ impl Report {
                     f.name.to_string(),
                     p50(&f.cold_ms),
                     p50(&f.warm_ms),
+                    f.unknown_ms.map_or_else(|| "-".into(), |ms| format!("{ms:.2}")),
                     p50(&f.dedup_ms),
                     p50(&f.added_ms),
                     p99(&f.added_ms),
+                    p99(&f.noise_ms),
                     p50(&f.phases.schedule_ms),
                     p50(&f.phases.prefetch_ms),
                     p50(&f.phases.thaw_ms),

@@ -35,12 +35,14 @@ fn function(document: &Value) -> &Value {
 fn a_lifecycle_is_measured() {
     let document = bench(&["lifecycle", "--functions", "vanilla", "--cycles", "3", "--colds", "2"]);
     let of = function(&document);
-    assert_eq!(of["answers_checked"], 2 * 3 + 3 * 4);
+    assert_eq!(of["answers_checked"], 2 * 3 + 3 * 5);
     for figure in ["cold_ms", "warm_ms", "dedup_ms", "next_ms"] {
         let p = ["p50", "p90", "p99"].map(|p| of[figure][p].as_f64().unwrap());
         assert!(p[0] > 0.0 && p[0] <= p[1] && p[1] <= p[2], "{figure}: {}", of[figure]);
     }
-    assert_eq!(of["added_ms"]["samples"], 3);
+    assert_eq!((&of["warm_ms"]["samples"], &of["added_ms"]["samples"]), (&6.into(), &3.into()));
+    assert_eq!(of["noise_ms"]["samples"], 3);
+    assert!(of["unknown_ms"].as_f64().unwrap() > 0.0);
     for phase in ["schedule_ms", "prefetch_ms", "thaw_ms", "faults_ms"] {
         assert!(of["phases"][phase]["p50"].is_f64(), "{phase}: {}", of["phases"]);
     }
