@@ -80,6 +80,7 @@ pub fn drop_pages(
     ranges: &[Range<u64>],
     guarded: &mut Vec<Range<u64>>,
 ) -> Result<Dropped, DropError> {
+    check_aligned(ranges)?;
     if let Some(range) = ranges.iter().find(|range| !userfault.covers(range)) {
         return Err(DropError::NotRegistered { range: range.clone() });
     }
@@ -132,6 +133,7 @@ pub fn drop_file_pages(
     process: &mut SeizedProcess,
     ranges: &[Range<u64>],
 ) -> Result<Dropped, DropError> {
+    check_aligned(ranges)?;
     let mut dropped = Dropped::default();
     discard(process, ranges, &mut dropped, &mut || false)?;
     Ok(dropped)
@@ -181,7 +183,6 @@ fn discard_quietly(
     guarded: &mut Vec<Range<u64>>,
     dropped: &mut Dropped,
 ) -> Result<usize, DropError> {
-    check_aligned(ranges)?;
     let mut done = 0;
     for batch in ranges.chunks(MAX_RANGES) {
         let vector = Vector::write(process, batch)?;
@@ -208,7 +209,6 @@ fn discard(
     dropped: &mut Dropped,
     meanwhile: &mut dyn FnMut() -> bool,
 ) -> Result<(), DropError> {
-    check_aligned(ranges)?;
     let mut rest = ranges;
     while !rest.is_empty() {
         let done = discard_vector(process, rest, meanwhile, dropped)?;

@@ -20,8 +20,8 @@ use std::time::Duration;
 
 use medes_pages::PAGE_SIZE;
 
+use residents::RANGE_NS;
 pub use residents::Residents;
-use residents::Work;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -158,7 +158,6 @@ impl WorkingSet {
         let of_process = |(n, pages): (usize, &mut Vec<(u64, Member)>)| {
             let mut there = Sweep::over(residents.get(n).map_or(&[], Vec::as_slice));
             let mut ranges: Vec<PrefetchRange> = Vec::new();
-            let mut work = Work::default();
             for &mut (page, ref mut member) in pages {
                 if there.includes(page) {
                     continue;
@@ -175,8 +174,9 @@ impl WorkingSet {
                     }
                 }
                 push(&mut ranges, page, written);
-                work_ns += work.of(page, written, member);
+                work_ns += member.work_ns();
             }
+            work_ns += ranges.len() as u64 * RANGE_NS;
             ranges
         };
         let ranges = self.processes.iter_mut().enumerate().map(of_process).collect();

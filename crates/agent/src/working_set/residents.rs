@@ -31,7 +31,7 @@ const DECOMPRESSED_NS: u64 = 3400;
 const LARGE_PATCH: u64 = 1024;
 
 /// What a range takes beside its pages.
-const RANGE_NS: u64 = 1500;
+pub(super) const RANGE_NS: u64 = 1500;
 
 /// What it is worth that a page that requests write to is not encoded when the sandbox is
 /// deduplicated again, if not as much as time that a request waits.
@@ -55,7 +55,7 @@ pub struct Residents {
 
 impl Member {
     /// What putting it back takes of a processor, nanoseconds, beside [`RANGE_NS`].
-    fn work_ns(&self) -> u64 {
+    pub(super) fn work_ns(&self) -> u64 {
         match u64::from(self.patch) {
             0 => COPIED_NS,
             patch => {
@@ -85,21 +85,6 @@ impl Member {
             _ => 5,
         };
         (self.written, patch)
-    }
-}
-
-/// What putting pages back takes of a processor, told one by one in the order of their addresses.
-#[derive(Default)]
-pub(super) struct Work {
-    /// Where the page before ended, and whether requests write to it.
-    before: Option<(u64, bool)>,
-}
-
-impl Work {
-    /// What one more takes, nanoseconds.
-    pub(super) fn of(&mut self, page: u64, written: bool, member: &Member) -> u64 {
-        let goes_on = self.before.replace((page + PAGE, written)) == Some((page, written));
-        member.work_ns() + if goes_on { 0 } else { RANGE_NS }
     }
 }
 
@@ -166,7 +151,8 @@ impl WorkingSet {
     fn runs(&self, trial: Trial) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
         for (process, pages) in self.processes.iter().enumerate() {
-            let mut work = Work::default();
+            // Where the page before ended, and whether requests write to it: a range goes on there.
+            let mut before = None;
             for (page, member) in pages {
                 let (page, likeness) = (*page, member.likeness());
                 let goes = || share(page / PAGE, LEARNED_AGAIN) == trial.number % LEARNED_AGAIN;
@@ -182,7 +168,9 @@ impl WorkingSet {
                 }
                 let Some(run) = runs.last_mut() else { continue };
                 run.range.end += PAGE;
-                let work_ns = work.of(page, member.written, member);
+                let goes_on =
+                    before.replace((page + PAGE, member.written)) == Some((page, member.written));
+                let work_ns = member.work_ns() + if goes_on { 0 } else { RANGE_NS };
                 run.work_ns += work_ns;
                 run.worth_ns += work_ns + u64::from(member.written) * ENCODED_NS;
                 run.memory += member.memory();
