@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use medes_core::{Layout, SandboxId};
-use medes_node::{DedupFailure, DedupReport, NodeApi, NodeEvent, StartFailure};
+use medes_node::{DedupFailure, DedupMode, DedupReport, NodeApi, NodeEvent, StartFailure};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
@@ -296,7 +296,8 @@ impl<N: NodeApi> Inner<N> {
         sandbox: SandboxId,
         new_base: bool,
     ) -> Result<DedupReport, DedupFailure> {
-        let result = self.run_dedup(sandbox, new_base).await;
+        let mode = self.with(|t, _| t.dedup_mode(sandbox, new_base));
+        let result = self.run_dedup(sandbox, mode).await;
         match &result {
             Ok(report) => tracing::debug!(
                 %sandbox,
@@ -309,19 +310,18 @@ impl<N: NodeApi> Inner<N> {
             Err(DedupFailure::Cancelled) => tracing::debug!(%sandbox, "dedup cancelled"),
             Err(failure) => tracing::info!(%sandbox, reason = %failure, "not deduplicated"),
         }
-        self.change(|t, now| t.dedup_ended(now, sandbox, &result));
+        self.change(|t, now| t.dedup_ended(now, sandbox, mode, &result));
         result
     }
 
     async fn run_dedup(
         self: &Arc<Self>,
         sandbox: SandboxId,
-        new_base: bool,
+        mode: DedupMode,
     ) -> Result<DedupReport, DedupFailure> {
         if self.with(|t, _| t.dedup_is_unwanted(sandbox)) {
             return Err(DedupFailure::Cancelled);
         }
-        let mode = self.with(|t, _| t.dedup_mode(sandbox, new_base));
         self.guarded(move |inner| async move { inner.node.dedup(sandbox, mode).await })
             .await
             .unwrap_or_else(|| Err(DedupFailure::Lost("the node failed".into())))

@@ -31,6 +31,8 @@ pub struct Behaviour {
     pub warm_bytes: u64,
     /// What a dedup sandbox uses, bytes.
     pub dedup_bytes: u64,
+    /// What it uses beside, if that may stay, bytes.
+    pub residents: u64,
     /// The memory budget, bytes.
     pub budget: u64,
     /// Starts that fail.
@@ -57,6 +59,7 @@ impl Default for Behaviour {
             dedup_ms: 40,
             warm_bytes: 20 << 20,
             dedup_bytes: 4 << 20,
+            residents: 0,
             budget: 0,
             start_fails: 0,
             restore_fails: 0,
@@ -73,13 +76,15 @@ impl Default for Behaviour {
 enum Phase {
     Warm,
     Running,
-    Deduping { cancelled: bool },
+    Deduping { cancelled: bool, again: bool },
     Dedup,
     Restoring,
 }
 
 struct Sandbox {
     phase: Phase,
+    /// What stays of it in the dedup state, bytes.
+    residents: u64,
     killed: Arc<Notify>,
 }
 
@@ -233,10 +238,12 @@ impl FakeNode {
         self.state.lock().behaviour.clone()
     }
 
-    fn usage(&self, phase: Phase) -> MemoryUse {
+    fn usage(&self, phase: Phase, residents: u64) -> MemoryUse {
         let b = self.behaviour();
         match phase {
-            Phase::Dedup => MemoryUse { store: b.dedup_bytes, ..MemoryUse::default() },
+            Phase::Dedup => {
+                MemoryUse { private: residents, store: b.dedup_bytes, ..MemoryUse::default() }
+            }
             _ => MemoryUse { private: b.warm_bytes, ..MemoryUse::default() },
         }
     }
@@ -284,7 +291,9 @@ impl NodeApi for FakeNode {
         let mut state = self.state.lock();
         state.started += 1;
         let id = SandboxId(state.started);
-        state.sandboxes.insert(id, Sandbox { phase: Phase::Warm, killed: Arc::default() });
+        state
+            .sandboxes
+            .insert(id, Sandbox { phase: Phase::Warm, residents: 0, killed: Arc::default() });
         Ok(id)
     }
 
@@ -344,14 +353,20 @@ impl NodeApi for FakeNode {
     ) -> Result<DedupReport, DedupFailure> {
         self.state.lock().dedups.push(mode);
         let lost = || DedupFailure::Lost("it is gone".into());
-        let began = self.enter(sandbox, Phase::Warm, Phase::Deduping { cancelled: false });
+        let now = self.state.lock().sandboxes.get(&sandbox).map(|s| s.phase);
+        let from = match now {
+            Some(Phase::Dedup) if !mode.residents && !mode.new_base => Phase::Dedup,
+            _ => Phase::Warm,
+        };
+        let again = from == Phase::Dedup;
+        let began = self.enter(sandbox, from, Phase::Deduping { cancelled: false, again });
         began.ok_or_else(lost)?;
         let quarter = Duration::from_millis(self.behaviour().dedup_ms / 4);
         for _ in 0..3 {
             sleep(quarter).await;
             let phase = self.state.lock().sandboxes.get(&sandbox).map(|s| s.phase);
             match phase {
-                Some(Phase::Deduping { cancelled: false }) => {}
+                Some(Phase::Deduping { cancelled: false, .. }) => {}
                 Some(_) => {
                     self.leave(sandbox, Phase::Warm);
                     return Err(DedupFailure::Cancelled);
@@ -372,18 +387,25 @@ impl NodeApi for FakeNode {
         if !self.leave(sandbox, Phase::Dedup) {
             return Err(lost());
         }
-        self.state.lock().bases += u64::from(mode.new_base);
+        let residents = if mode.residents { self.behaviour().residents } else { 0 };
+        let mut state = self.state.lock();
+        state.bases += u64::from(mode.new_base);
+        if let Some(found) = state.sandboxes.get_mut(&sandbox) {
+            found.residents = residents;
+        }
+        drop(state);
         Ok(DedupReport {
             base_bytes: if mode.new_base { 1 << 20 } else { 0 },
-            before: self.usage(Phase::Warm),
-            after: self.usage(Phase::Dedup),
+            before: self.usage(Phase::Warm, 0),
+            after: self.usage(Phase::Dedup, residents),
+            kept_pages: residents >> 12,
             ..DedupReport::default()
         })
     }
 
     fn cancel_dedup(&self, sandbox: SandboxId) {
         if let Some(found) = self.state.lock().sandboxes.get_mut(&sandbox)
-            && let Phase::Deduping { cancelled } = &mut found.phase
+            && let Phase::Deduping { cancelled, .. } = &mut found.phase
         {
             *cancelled = true;
         }
@@ -424,16 +446,23 @@ impl NodeApi for FakeNode {
     }
 
     fn memory_of(&self, sandbox: SandboxId) -> Option<MemoryUse> {
-        let phase = self.state.lock().sandboxes.get(&sandbox)?.phase;
-        Some(self.usage(phase))
+        let (phase, residents) = {
+            let state = self.state.lock();
+            let found = state.sandboxes.get(&sandbox)?;
+            (found.phase, found.residents)
+        };
+        Some(self.usage(phase, residents))
     }
 
     fn memory(&self) -> NodeMemory {
         let state = self.state.lock();
         let b = &state.behaviour;
-        let dedup = state.sandboxes.values().filter(|s| s.phase == Phase::Dedup).count() as u64;
+        let is_dedup =
+            |s: &&Sandbox| matches!(s.phase, Phase::Dedup | Phase::Deduping { again: true, .. });
+        let dedup = state.sandboxes.values().filter(is_dedup).count() as u64;
+        let residents: u64 = state.sandboxes.values().filter(is_dedup).map(|s| s.residents).sum();
         NodeMemory {
-            sandboxes: (state.sandboxes.len() as u64 - dedup) * b.warm_bytes,
+            sandboxes: (state.sandboxes.len() as u64 - dedup) * b.warm_bytes + residents,
             patches: dedup * b.dedup_bytes,
             budget: b.budget,
             ..NodeMemory::default()

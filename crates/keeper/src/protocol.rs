@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 /// Changed whenever the messages change: a daemon does not talk to a keeper of another version.
-pub const VERSION: u32 = 8;
+pub const VERSION: u32 = 9;
 
 /// The longest frame, bytes: a request's payload and its head.
 const MAX_FRAME: u32 = 16 * 1024 * 1024;
@@ -113,6 +113,8 @@ pub enum Command {
         sandbox: SandboxId,
         /// Bring back in the background what nobody touched, if the sandbox is used often.
         fill: bool,
+        /// Put the working set back before it runs; else that follows with the next request.
+        prefetch: bool,
         /// Hand this to the runtime before it runs; [`Command::Collect`] follows.
         request: Option<Request>,
     },

@@ -546,18 +546,20 @@ impl Held {
         Ok(())
     }
 
-    /// Puts back what must be there and lets the sandbox run; the rest of its memory follows as it
-    /// is touched, and with `fill` in the background if it is used often. The runtime finds `request`
+    /// Puts back what must be there, and with `prefetch` the working set, and lets the sandbox run; the
+    /// rest of its memory follows as it is touched, and with `fill` in the background if it is used
+    /// often. The runtime finds `request`
     /// when it runs. When it fails the sandbox is killed, and has not run: it may not with missing
     /// pages that nobody brings. Blocks.
     pub(crate) fn restore(
         &self,
         caller: &Caller,
         fill: bool,
+        prefetch: bool,
         request: Option<(Request, oneshot::Sender<Answer>)>,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
-        self.bring_back(caller, None, fill, request, buffers)
+        self.bring_back(caller, None, (fill, prefetch), request, buffers)
     }
 
     /// As [`Held::restore`], while the sandbox's memory is being dropped by somebody who lets it run
@@ -570,14 +572,14 @@ impl Held {
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
         // It is not known whether memory is short: what is used often comes back.
-        self.bring_back(caller, Some(left), true, None, buffers)
+        self.bring_back(caller, Some(left), (true, false), None, buffers)
     }
 
     fn bring_back(
         &self,
         caller: &Caller,
         left: Option<Vec<Vec<Range<u64>>>>,
-        fill: bool,
+        (fill, prefetch): (bool, bool),
         request: Option<(Request, oneshot::Sender<Answer>)>,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
@@ -601,8 +603,8 @@ impl Held {
         let runs = left.is_some();
         left.into_iter().for_each(|left| image.leave(left));
         let trial = state.trial.take();
-        let prefetch = (!runs).then(|| self.working_set(trial, image.left()));
-        let restored = self.revive(image, prefetch, fill, buffers, start);
+        let prefetch = prefetch.then(|| self.working_set(trial, image.left()));
+        let restored = self.revive(image, prefetch, (fill, runs), buffers, start);
         match restored {
             Ok((memory, restored)) => {
                 state.memory = Memory::Returning(memory);
@@ -624,17 +626,16 @@ impl Held {
         set.prefetch(Some(trial), residents)
     }
 
-    /// Lets the sandbox run with its memory on its way back. Without `prefetch` somebody else does, and
-    /// only what it touches comes until [`Held::prefetch`].
+    /// Lets the sandbox run with its memory on its way back, unless somebody else does (`runs`). Without
+    /// `prefetch` only what it touches comes until [`Held::prefetch`].
     fn revive(
         &self,
         image: HeldImage,
         prefetch: Option<Prefetch>,
-        fill: bool,
+        (fill, runs): (bool, bool),
         buffers: &mut RestoreBuffers,
         start: Instant,
     ) -> Result<(Arc<Returning>, Restored), String> {
-        let runs = prefetch.is_none();
         let nothing = Prefetch::default();
         let revived = image.revive(prefetch.as_ref().unwrap_or(&nothing), buffers);
         let revived = revived.map_err(|e| e.to_string())?;

@@ -278,7 +278,7 @@ impl Shared {
             Command::TakeBack { sandbox, left } => {
                 self.take_back(caller, sandbox, left).map_or_else(Reply::Refused, Reply::Restored)
             }
-            Command::Restore { sandbox, fill, request } => {
+            Command::Restore { sandbox, fill, prefetch, request } => {
                 let request = request.map(|request| {
                     let (answer, answered) = oneshot::channel();
                     lock(&self.handed).insert(sandbox, answered);
@@ -287,7 +287,7 @@ impl Shared {
                 // A request waits for this one, and would for another thread to wake.
                 let restored = tokio::task::block_in_place(|| {
                     let held = self.find(sandbox)?;
-                    self.lend_buffers(|buffers| held.restore(caller, fill, request, buffers))
+                    self.lend_buffers(|b| held.restore(caller, fill, prefetch, request, b))
                 });
                 match restored {
                     Ok(restored) => Reply::Restored(restored),

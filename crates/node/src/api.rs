@@ -8,6 +8,7 @@ use medes_core::{
     DomainId, FunctionId, FunctionSpec, InvocationError, MemoryUse, RequestId, SandboxId,
     SandboxState,
 };
+use medes_pages::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
 /// One request on its way to a sandbox.
@@ -115,6 +116,14 @@ pub struct DedupReport {
     pub commit_us: u64,
 }
 
+impl DedupReport {
+    /// The size of the pages that stay, bytes.
+    #[must_use]
+    pub fn kept_bytes(&self) -> u64 {
+        self.kept_pages * PAGE_SIZE as u64
+    }
+}
+
 /// A sandbox was not deduplicated. It is as it was before, unless `Lost`.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum DedupFailure {
@@ -184,6 +193,8 @@ pub struct InheritedSandbox {
     pub state: SandboxState,
     /// What it uses with all its memory there, bytes; an estimate for a dedup sandbox.
     pub warm_bytes: u64,
+    /// The size of the pages that stay, of a dedup sandbox, bytes.
+    pub kept_bytes: u64,
 }
 
 /// What an earlier node left behind and this one has taken over.
@@ -248,7 +259,9 @@ pub trait NodeApi: Send + Sync + 'static {
         invocation: Invocation,
     ) -> impl Future<Output = Outcome> + Send;
 
-    /// Puts an idle, warm sandbox into the dedup state.
+    /// Puts an idle sandbox into the dedup state. One that is there already lets go of what stays of it,
+    /// as far as `mode` has it: it runs again for that, and goes on running if the operation is
+    /// cancelled.
     fn dedup(
         &self,
         sandbox: SandboxId,

@@ -46,6 +46,9 @@ pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, mode: DedupMode)
     let spawned = std::thread::Builder::new().name("dedup".into()).spawn(move || {
         let answer = Arc::new(Answering { entry: Arc::clone(&entry), done: Some(done).into() });
         let cancel = Arc::clone(&entry.cancel.lock());
+        if let Err(failure) = run_again(&shared, &entry) {
+            return answer.give(Err(failure));
+        }
         // Weak: an operation that panics takes the answer along, and whoever waits hears of it.
         let early = Arc::downgrade(&answer);
         cancel.when_back(move || {
@@ -68,6 +71,28 @@ pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, mode: DedupMode)
         return Err(DedupFailure::StaysWarm { reason, lasting: false });
     }
     wait.await.unwrap_or_else(|_| Err(DedupFailure::Lost("the operation panicked".into())))
+}
+
+/// Lets a sandbox run that is in the dedup state already: what of it has stayed can go then as after
+/// any other restore.
+fn run_again(shared: &Shared, entry: &Entry) -> Result<(), DedupFailure> {
+    if entry.dedup.lock().as_ref().is_none_or(|dedup| dedup.restore.is_some()) {
+        return Ok(());
+    }
+    let command =
+        Command::Restore { sandbox: entry.id, fill: false, prefetch: false, request: None };
+    let why = match shared.keeper().call_blocking(command) {
+        Ok(Reply::Restored(done)) => {
+            if let Some(dedup) = entry.dedup.lock().as_mut() {
+                dedup.restore = Some(done.number);
+            }
+            return Ok(());
+        }
+        Ok(Reply::Refused(why)) => why,
+        Ok(_) => KeeperError::Protocol.to_string(),
+        Err(error) => error.to_string(),
+    };
+    Err(DedupFailure::Lost(format!("letting it run again: {why}")))
 }
 
 /// Who waits for an operation's answer.
@@ -347,7 +372,7 @@ impl Holder for KeeperHolds {
 
     fn put_back(&self) -> Result<(), String> {
         let sandbox = self.sandbox;
-        match self.call(Command::Restore { sandbox, fill: false, request: None })? {
+        match self.call(Command::Restore { sandbox, fill: false, prefetch: true, request: None })? {
             Reply::Restored(_) => self.order(Command::Complete { sandbox }),
             _ => Err(KeeperError::Protocol.to_string()),
         }

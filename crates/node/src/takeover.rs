@@ -91,12 +91,18 @@ pub(crate) async fn take_over(
         let (id, busy) = (sandbox.sandbox, sandbox.busy);
         match adopt(root, &store, &view, sandbox) {
             Ok((entry, warm_bytes)) => {
+                let state = state(&entry, busy);
+                let kept_bytes = match state {
+                    SandboxState::Dedup => entry.cgroup.memory().map_or(0, |m| m.anon),
+                    _ => 0,
+                };
                 inheritance.sandboxes.push(InheritedSandbox {
                     sandbox: id,
                     function: entry.function,
                     domain: entry.domain,
-                    state: state(&entry, busy),
+                    state,
                     warm_bytes,
+                    kept_bytes,
                 });
                 table.adopt(Arc::new(entry));
             }

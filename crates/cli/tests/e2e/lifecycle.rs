@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::platform::{LIMIT, Platform, Setup};
+use crate::platform::{LIMIT, Platform, Setup, eventually};
 
 /// Sends as many requests at once as sandboxes are wanted; each holds its sandbox for a while.
 fn at_once(platform: &Platform, count: usize) -> Vec<String> {
@@ -31,6 +31,41 @@ fn an_idle_sandbox_is_deduplicated_and_later_purged() {
     platform.wait_for_states("busy", &[]);
     platform.wait_for_no_sandbox_process();
     assert_eq!(platform.invoke("busy", &json!({})).expect_start("cold")["calls"], 1);
+    platform.stop();
+}
+
+#[test]
+fn what_stays_of_a_sandbox_goes_when_memory_gets_short() {
+    let mut platform = Setup::new()
+        .set("dedup", "restore_target", "1us")
+        .set("lifecycle", "idle", "1h")
+        .set("policy", "headroom", 0)
+        .start();
+    platform.deploy("memory");
+    let request = |platform: &Platform, calls: u64, start: &str| {
+        let answer = platform.invoke("memory", &json!({ "seed": calls })).expect_start(start);
+        assert_eq!((&answer["calls"], &answer["intact"]), (&json!(calls), &json!(true)));
+    };
+    request(&platform, 1, "cold");
+    for calls in 2..5 {
+        platform.dedup("memory");
+        request(&platform, calls, "dedup");
+    }
+    platform.dedup("memory");
+    let private =
+        |platform: &Platform| platform.sandboxes()[0]["memory"]["private"].as_i64().unwrap();
+    let stays = private(&platform);
+    let info = platform.client().get("/v1/info").expect_ok();
+    let of = |part: &str| info["node"]["memory"][part].as_i64().unwrap();
+    let used: i64 = ["sandboxes", "base", "patches", "registry"].map(of).into_iter().sum();
+    // Another daemon, which knows nothing of the restores before, finds too little.
+    platform.set("node", "memory_budget", format!("{} KiB", (used >> 10) - 1024));
+    platform.crash();
+    platform.restart();
+    let goes = || stays - private(&platform);
+    assert!(eventually(|| goes() > 1 << 20), "of {stays} bytes only {} go", goes());
+    platform.wait_for_states("memory", &["dedup"]);
+    request(&platform, 5, "dedup");
     platform.stop();
 }
 

@@ -1,7 +1,7 @@
 //! One sandbox in the table.
 
 use medes_core::{FunctionId, SandboxId, SandboxState};
-use medes_policy::{Dedupable, IdleSandbox};
+use medes_policy::{DEDUP_FREES_PERCENT, Dedupable, IdleSandbox};
 
 /// What a sandbox is doing. Those that are being started have no entry yet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,8 +46,10 @@ pub(crate) struct Entry {
     pub(crate) created_ms: u64,
     /// When it entered its phase.
     pub(crate) since_ms: u64,
-    /// Deduping: when it had become warm.
-    pub(crate) warm_since_ms: u64,
+    /// Deduping: when it had entered the phase before.
+    pub(crate) before_ms: u64,
+    /// Deduping: it was dedup already, and what stayed of its working set goes.
+    pub(crate) again: bool,
     pub(crate) last_used_ms: u64,
     /// When the policy is to be asked about it.
     pub(crate) ask_at_ms: u64,
@@ -56,6 +58,8 @@ pub(crate) struct Entry {
     pub(crate) restores: u64,
     /// The last known total.
     pub(crate) memory: u64,
+    /// Dedup, and Deduping again: what stays of its working set for restores to be fast.
+    pub(crate) residents: u64,
     /// The last total while it was warm.
     pub(crate) warm_bytes: u64,
     /// What the page store keeps for it while it is dedup, and until a restore has put all of its
@@ -77,13 +81,15 @@ impl Entry {
             doomed: false,
             created_ms: now_ms,
             since_ms: now_ms,
-            warm_since_ms: now_ms,
+            before_ms: now_ms,
+            again: false,
             last_used_ms: now_ms,
             ask_at_ms: u64::MAX,
             requests: 0,
             dedups: 0,
             restores: 0,
             memory: 0,
+            residents: 0,
             warm_bytes: 0,
             image_bytes: 0,
             stays_warm: None,
@@ -94,9 +100,20 @@ impl Entry {
         self.phase = phase;
         self.since_ms = now_ms;
         self.claimed = false;
+        self.again = false;
         self.for_request = false;
         self.inherited = false;
         self.ask_at_ms = u64::MAX;
+    }
+
+    /// What a dedup operation on it frees, bytes, going by what such operations do.
+    pub(crate) fn dedup_frees(&self) -> u64 {
+        let goes = match self.phase {
+            Phase::Dedup => self.residents,
+            Phase::Deduping if self.again => self.residents,
+            _ => self.memory,
+        };
+        goes * DEDUP_FREES_PERCENT / 100
     }
 
     /// What a restore takes beyond what a dedup sandbox has already, bytes: all of its pages, while

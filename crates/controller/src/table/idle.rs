@@ -21,6 +21,9 @@ const PRESSURE_PERIOD_MS: u64 = 1_000;
 /// milliseconds, so that a dedup that was given up is not begun again at once.
 const PAUSE_MS: u64 = 100;
 
+/// What is hardly worth an operation to be let go, bytes.
+const LEAST_RESIDENTS: u64 = 256 << 10;
+
 impl Table {
     pub(super) fn decide(&mut self, now_ms: u64, sandbox: SandboxId) -> Option<Decision> {
         let entry = self.sandboxes.get(&sandbox)?;
@@ -98,18 +101,57 @@ impl Table {
         self.next_tick_ms
     }
 
+    /// Has dedup sandboxes let go of what stays of them, those first that were used longest ago, as far
+    /// as it takes to free so many bytes: a restore that takes a few milliseconds longer is the least
+    /// that can be given up. Returns how many that will be. Those that have to wait for other
+    /// operations count: the end of one of them comes back here.
+    fn drop_residents(&mut self, now_ms: u64, bytes: u64) -> u64 {
+        if !self.policy.dedups() {
+            return 0;
+        }
+        let may_go =
+            |e: &&Entry| e.phase == Phase::Dedup && !e.doomed && e.residents >= LEAST_RESIDENTS;
+        let mut all: Vec<_> = self
+            .sandboxes
+            .values()
+            .filter(|e| may_go(e) && !self.is_waited_for(e))
+            .map(|e| (e.last_used_ms, e.id, e.dedup_frees()))
+            .collect();
+        all.sort_unstable();
+        let mut freed = 0;
+        for (_, sandbox, frees) in all {
+            if freed >= bytes {
+                break;
+            }
+            freed += frees;
+            let _ = self.begin_dedup_again(now_ms, sandbox);
+        }
+        freed.min(bytes)
+    }
+
+    /// Whether a request waits for a restore of this one, or of another of its function.
+    fn is_waited_for(&self, entry: &Entry) -> bool {
+        let version = self.versions.get(&entry.function);
+        entry.phase == Phase::Dedup && version.is_some_and(Version::wants_restore)
+    }
+
     /// Makes room. What the policy wants to deduplicate while as many operations as allowed are
     /// under way waits for one of them to end, which comes back here.
     pub(super) fn evict(&mut self, now_ms: u64, need: Need) {
-        let Self { policy, clock, stats, versions, sandboxes, .. } = self;
-        let waited_for = |e: &Entry| {
-            e.phase == Phase::Dedup && versions.get(&e.function).is_some_and(Version::wants_restore)
+        let need = match need {
+            Need::Bytes(bytes) => match bytes - self.drop_residents(now_ms, bytes) {
+                0 => return,
+                more => Need::Bytes(more),
+            },
+            slots @ Need::Slots(_) => slots,
         };
-        let idle: Vec<_> = sandboxes
+        let idle: Vec<_> = self
+            .sandboxes
             .values()
-            .filter(|e| matches!(e.phase, Phase::Warm | Phase::Dedup) && !waited_for(e))
+            .filter(|e| matches!(e.phase, Phase::Warm | Phase::Dedup) && !self.is_waited_for(e))
             .filter_map(Entry::idle)
             .collect();
+        let Self { policy, clock, stats, versions, .. } = self;
         let stats = |id| versions.get(&id).and_then(|v| stats.get(&v.deployed.spec.name));
         let mut ctx = Evicting { now_ms, stats: &stats, clock };
         for eviction in policy.evict_by(&idle, need, &mut ctx) {
@@ -142,15 +184,7 @@ impl Table {
         force_base: bool,
         reply: Option<DedupReply>,
     ) -> Result<(), DedupRefused> {
-        let function = self.expect(sandbox, SandboxState::Warm).map_err(DedupRefused::Hand)?;
-        if self.dedups >= self.config.max_dedups.max(1) {
-            return Err(DedupRefused::Busy);
-        }
-        self.dedups += 1;
-        if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
-            entry.warm_since_ms = entry.since_ms;
-            entry.enter(Phase::Deduping, now_ms);
-        }
+        let function = self.begin_operation(now_ms, sandbox, SandboxState::Warm)?;
         let new_base = force_base
             || self.versions.get(&function).is_some_and(|v| {
                 let dedup = v
@@ -163,6 +197,36 @@ impl Table {
             });
         self.effects.push(Effect::Dedup { sandbox, new_base, reply });
         Ok(())
+    }
+
+    /// Has a dedup sandbox let go of what stays of it.
+    fn begin_dedup_again(&mut self, now_ms: u64, sandbox: SandboxId) -> Result<(), DedupRefused> {
+        self.begin_operation(now_ms, sandbox, SandboxState::Dedup)?;
+        if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
+            entry.again = true;
+        }
+        self.effects.push(Effect::Dedup { sandbox, new_base: false, reply: None });
+        Ok(())
+    }
+
+    /// A sandbox that is `from` goes into a dedup operation, if one more may be under way. Returns its
+    /// function.
+    fn begin_operation(
+        &mut self,
+        now_ms: u64,
+        sandbox: SandboxId,
+        from: SandboxState,
+    ) -> Result<FunctionId, DedupRefused> {
+        let function = self.expect(sandbox, from).map_err(DedupRefused::Hand)?;
+        if self.dedups >= self.config.max_dedups.max(1) {
+            return Err(DedupRefused::Busy);
+        }
+        self.dedups += 1;
+        if let Some(entry) = self.sandboxes.get_mut(&sandbox) {
+            entry.before_ms = entry.since_ms;
+            entry.enter(Phase::Deduping, now_ms);
+        }
+        Ok(function)
     }
 
     /// Begins a restore that an operator asked for.
@@ -182,7 +246,8 @@ impl Table {
 
     /// Whether a request, or the end, wants a sandbox whose dedup has not begun in earnest.
     pub(crate) fn dedup_is_unwanted(&self, sandbox: SandboxId) -> bool {
-        self.sandboxes.get(&sandbox).is_none_or(|e| e.claimed || e.doomed)
+        // One that is dedup still has to run again first.
+        self.sandboxes.get(&sandbox).is_none_or(|e| (e.claimed || e.doomed) && !e.again)
     }
 
     fn expect(&self, sandbox: SandboxId, wanted: SandboxState) -> Result<FunctionId, HandError> {

@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use medes_core::{FunctionId, FunctionName, SandboxId, SandboxState, StartKind};
 use medes_node::{
-    DedupFailure, DedupReport, Inheritance, InheritedSandbox, NodeMemory, StartFailure,
+    DedupFailure, DedupMode, DedupReport, Inheritance, InheritedSandbox, NodeMemory, StartFailure,
 };
 use medes_policy::{AgingClock, FunctionStats, Policy, PolicySettings, Pressure};
 use tokio::sync::oneshot;
@@ -279,7 +279,8 @@ impl Table {
     pub(crate) fn adopt(&mut self, now_ms: u64, inheritance: &Inheritance) -> Vec<SandboxId> {
         let mut unwanted = Vec::new();
         for inherited in &inheritance.sandboxes {
-            let InheritedSandbox { sandbox, function, domain, state, warm_bytes } = *inherited;
+            let InheritedSandbox { sandbox, function, domain, state, warm_bytes, kept_bytes } =
+                *inherited;
             let version = self.versions.get_mut(&function);
             let Some(version) = version.filter(|v| v.deployed.spec.domain == domain) else {
                 unwanted.push(sandbox);
@@ -289,6 +290,7 @@ impl Table {
             let mut entry = Entry::new(sandbox, function, now_ms);
             entry.warm_bytes = warm_bytes;
             entry.memory = warm_bytes;
+            entry.residents = kept_bytes;
             match state {
                 SandboxState::Dedup => entry.enter(Phase::Dedup, now_ms),
                 SandboxState::Warm => entry.enter(Phase::Warm, now_ms),
@@ -385,6 +387,7 @@ impl Table {
         &mut self,
         now_ms: u64,
         sandbox: SandboxId,
+        mode: DedupMode,
         result: &Result<DedupReport, DedupFailure>,
     ) {
         self.dedups = self.dedups.saturating_sub(1);
@@ -392,20 +395,27 @@ impl Table {
         self.effects.push(Effect::Wake);
         let Some(entry) = self.sandboxes.get_mut(&sandbox) else { return };
         let function = entry.function;
-        let warm_since_ms = entry.warm_since_ms;
+        let (again, before_ms) = (entry.again, entry.before_ms);
+        // It was not warm before.
+        let warm_since_ms = if again { now_ms } else { before_ms };
         match result {
             Ok(report) => {
                 entry.dedups += 1;
-                entry.warm_bytes = report.before.total();
+                if !again {
+                    entry.warm_bytes = report.before.total();
+                }
                 entry.memory = report.after.total();
+                entry.residents = if mode.residents { report.kept_bytes() } else { 0 };
                 entry.image_bytes = report.after.store + report.after.metadata;
                 entry.stays_warm = None;
-                entry.enter(Phase::Dedup, now_ms);
+                entry.enter(Phase::Dedup, if again { before_ms } else { now_ms });
                 if let Some(version) = self.versions.get_mut(&function) {
                     version.bases += u64::from(report.base_bytes > 0);
                 }
                 if let Some(stats) = self.stats_of(function) {
-                    stats.warm_memory(report.before.total());
+                    if !again {
+                        stats.warm_memory(report.before.total());
+                    }
                     stats.dedup_memory(report.after.total());
                 }
                 self.settle(now_ms, sandbox);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use medes_core::{FunctionId, FunctionName, SandboxId, StartKind};
 use medes_node::DedupMode;
-use medes_policy::{DEDUP_FREES_PERCENT, FunctionStats, Need, choose};
+use medes_policy::{FunctionStats, Need, choose};
 
 use super::{Effect, Entry, Grant, Phase, Starting, Table, UNKNOWN_WARM_BYTES, Version, Waiter};
 use crate::config::PartialRestore;
@@ -263,7 +263,8 @@ impl Table {
         let version = entry.and_then(|entry| self.versions.get(&entry.function));
         let stats = version.and_then(|version| self.stats.get(&version.deployed.spec.name));
         let execution_us = stats.and_then(FunctionStats::usual_execution_us).unwrap_or_default();
-        DedupMode { new_base, residents: !self.is_short_of_memory(), execution_us }
+        let again = entry.is_some_and(|entry| entry.again);
+        DedupMode { new_base, residents: !again && !self.is_short_of_memory(), execution_us }
     }
 
     /// Whether less memory is free than the headroom that dedup is to keep.
@@ -277,7 +278,7 @@ impl Table {
     fn coming(&self) -> u64 {
         let frees = |e: &Entry| match e.phase {
             Phase::Leaving => e.memory,
-            Phase::Deduping if !e.claimed => e.memory * DEDUP_FREES_PERCENT / 100,
+            Phase::Deduping if !e.claimed => e.dedup_frees(),
             _ => 0,
         };
         self.sandboxes.values().map(frees).sum()

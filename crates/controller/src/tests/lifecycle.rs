@@ -213,6 +213,45 @@ async fn what_nobody_touches_stays_away_while_memory_is_short() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_stays_of_sandboxes_goes_before_they_do() {
+    let rig = Rig::new(|c| c.policy = periods(1_000, 600_000, 600_000));
+    let names = ["a", "b", "c", "d"];
+    rig.node.behave(|b| (b.budget, b.residents) = (200 << 20, 6 << 20));
+    for name in names {
+        rig.deploy_with(name, |d| d.memory_mib = 32).await;
+        rig.invoke(name, "1").await.unwrap();
+    }
+    sleep(ms(5_000)).await;
+    assert_eq!(rig.node_bytes(), 4 * (10 << 20), "{:?}", rig.states());
+    // Memory gets short by half of what stays.
+    rig.node.behave(|b| b.budget = 28 << 20);
+    sleep(ms(5_000)).await;
+    assert_eq!(rig.states(), ["dedup"; 4]);
+    assert!(rig.node_bytes() <= 28 << 20, "{}", rig.node_bytes());
+    let modes = rig.node.dedups();
+    assert!(modes.iter().skip(4).all(|mode| !mode.residents), "{modes:?}");
+    assert!(modes.len() <= 8, "each goes once: {modes:?}");
+    // A request in the middle of it finds its sandbox.
+    rig.node.behave(|b| b.budget = 200 << 20);
+    sleep(ms(2_000)).await;
+    for name in names {
+        assert_eq!(rig.invoke(name, "1").await.unwrap().start, StartKind::Dedup);
+    }
+    sleep(ms(5_000)).await;
+    rig.node.behave(|b| (b.budget, b.dedup_ms) = (34 << 20, 4_000));
+    sleep(ms(1_500)).await;
+    rig.node.behave(|b| b.budget = 200 << 20);
+    sleep(ms(1_100)).await;
+    assert!(rig.states().contains(&"deduping".to_owned()), "{:?}", rig.states());
+    let mut starts = Vec::new();
+    for name in names {
+        starts.push(rig.invoke(name, "1").await.unwrap().start);
+    }
+    assert!(starts.contains(&StartKind::Warm) && !starts.contains(&StartKind::Cold), "{starts:?}");
+    rig.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_full_node_gives_up_its_oldest_idle_sandbox() {
     let rig = Rig::new(|c| c.max_sandboxes = 2);
     for name in ["a", "b", "c"] {
@@ -338,6 +377,7 @@ fn sandboxes_of_functions_that_are_there_are_taken_over() {
         domain: f.spec.domain,
         state,
         warm_bytes: 7,
+        kept_bytes: 3,
     };
     let id = f.spec.id;
     let sandboxes = vec![

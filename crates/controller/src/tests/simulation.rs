@@ -20,6 +20,12 @@ enum Step {
     Purge { nth: usize },
     Redeploy { function: u8 },
     Remove { function: u8 },
+    Budget { mib: u64 },
+}
+
+/// A budget, MiB; 0 is none.
+fn budget() -> impl Strategy<Value = u64> {
+    prop_oneof![Just(0u64), 30u64..200]
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -35,6 +41,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0usize..6).prop_map(|nth| Step::Purge { nth }),
         1 => (0u8..3).prop_map(|function| Step::Redeploy { function }),
         1 => (0u8..3).prop_map(|function| Step::Remove { function }),
+        1 => budget().prop_map(|mib| Step::Budget { mib }),
     ]
 }
 
@@ -45,6 +52,7 @@ struct World {
     max_sandboxes: u32,
     per_function: u32,
     budget_mib: u64,
+    residents_mib: u64,
     max_dedups: u32,
     steps: Vec<Step>,
 }
@@ -55,17 +63,28 @@ fn world() -> impl Strategy<Value = World> {
         prop_oneof![Just(0u64), 1u64..30],
         prop_oneof![Just(0u32), 1u32..6],
         1u32..5,
-        prop_oneof![Just(0u64), 30u64..200],
+        budget(),
+        0u64..10,
         1u32..3,
         prop::collection::vec(step(), 1..80),
     )
         .prop_map(
-            |(seed, failing, max_sandboxes, per_function, budget_mib, max_dedups, steps)| World {
+            |(
                 seed,
                 failing,
                 max_sandboxes,
                 per_function,
                 budget_mib,
+                residents_mib,
+                max_dedups,
+                steps,
+            )| World {
+                seed,
+                failing,
+                max_sandboxes,
+                per_function,
+                budget_mib,
+                residents_mib,
                 max_dedups,
                 steps,
             },
@@ -88,6 +107,7 @@ async fn live(world: World) {
     });
     rig.node.behave(|b| {
         b.budget = world.budget_mib << 20;
+        b.residents = world.residents_mib << 20;
         b.start_fails = world.failing;
         b.restore_fails = world.failing;
         b.restore_unknown = world.failing;
@@ -155,6 +175,7 @@ async fn live(world: World) {
             Step::Redeploy { function } => {
                 rig.deploy_with(&name(function), |d| d.memory_mib = 32).await;
             }
+            Step::Budget { mib } => rig.node.behave(|b| b.budget = mib << 20),
             Step::Remove { function } => {
                 let _ = c.remove(&name(function).parse().unwrap()).await;
             }
