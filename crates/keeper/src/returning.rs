@@ -291,8 +291,8 @@ impl Returning {
         let Some(prefetch) = self.prefetch.get().filter(|_| self.requests() > 0) else { return };
         let unasked = std::mem::take(&mut *lock(&self.unasked));
         for (process, ranges) in written.iter().enumerate() {
-            let of_process = unasked.get(process).into_iter().flatten();
-            let needed = of_process.flat_map(|range| within(range, ranges));
+            let came = unasked.get(process).into_iter().flatten();
+            let needed = came.flat_map(|range| within(range, ranges));
             set.touched(process, &needed.flat_map(|range| pages(&range)).collect::<Vec<_>>());
             set.written(process, prefetch, ranges);
         }
