@@ -42,13 +42,16 @@ type Answer = Result<DedupReport, DedupFailure>;
 /// Runs the operation on a thread of its own, which ends with it: the kernel ties stopped
 /// processes to the thread that stopped them.
 pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, mode: DedupMode) -> Answer {
+    let is_dedup = entry.dedup.lock().as_ref().is_some_and(|dedup| dedup.restore.is_none());
+    if is_dedup {
+        // What has stayed of it can go as after any other restore.
+        let restored = shared.restore(entry.id, false, false, None).await;
+        restored.map_err(|why| DedupFailure::Lost(why.to_string()))?;
+    }
     let (done, wait) = oneshot::channel();
     let spawned = std::thread::Builder::new().name("dedup".into()).spawn(move || {
         let answer = Arc::new(Answering { entry: Arc::clone(&entry), done: Some(done).into() });
         let cancel = Arc::clone(&entry.cancel.lock());
-        if let Err(failure) = run_again(&shared, &entry) {
-            return answer.give(Err(failure));
-        }
         // Weak: an operation that panics takes the answer along, and whoever waits hears of it.
         let early = Arc::downgrade(&answer);
         cancel.when_back(move || {
@@ -71,28 +74,6 @@ pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, mode: DedupMode)
         return Err(DedupFailure::StaysWarm { reason, lasting: false });
     }
     wait.await.unwrap_or_else(|_| Err(DedupFailure::Lost("the operation panicked".into())))
-}
-
-/// Lets a sandbox run that is in the dedup state already: what of it has stayed can go then as after
-/// any other restore.
-fn run_again(shared: &Shared, entry: &Entry) -> Result<(), DedupFailure> {
-    if entry.dedup.lock().as_ref().is_none_or(|dedup| dedup.restore.is_some()) {
-        return Ok(());
-    }
-    let command =
-        Command::Restore { sandbox: entry.id, fill: false, prefetch: false, request: None };
-    let why = match shared.keeper().call_blocking(command) {
-        Ok(Reply::Restored(done)) => {
-            if let Some(dedup) = entry.dedup.lock().as_mut() {
-                dedup.restore = Some(done.number);
-            }
-            return Ok(());
-        }
-        Ok(Reply::Refused(why)) => why,
-        Ok(_) => KeeperError::Protocol.to_string(),
-        Err(error) => error.to_string(),
-    };
-    Err(DedupFailure::Lost(format!("letting it run again: {why}")))
 }
 
 /// Who waits for an operation's answer.

@@ -277,7 +277,7 @@ impl NodeApi for Node {
         fill: bool,
         first: Option<Invocation>,
     ) -> Result<RestoreReport, RestoreFailure> {
-        self.shared.restore(sandbox, fill, first).await
+        self.shared.restore(sandbox, fill, true, first).await
     }
 
     async fn purge(&self, sandbox: SandboxId) {

@@ -144,6 +144,7 @@ impl Shared {
         &self,
         sandbox: SandboxId,
         fill: bool,
+        prefetch: bool,
         first: Option<Invocation>,
     ) -> Result<RestoreReport, RestoreFailure> {
         let begin = Instant::now();
@@ -151,7 +152,7 @@ impl Shared {
         let entry = entry.ok_or_else(|| RestoreFailure::before("the sandbox is gone"))?;
         let handed = first.as_ref().map(|first| first.request);
         let request = first.map(|first| request_of(&entry, first));
-        let command = Command::Restore { sandbox, fill, prefetch: true, request };
+        let command = Command::Restore { sandbox, fill, prefetch, request };
         let failure = match self.keeper().call(command).await {
             Ok(Reply::Restored(done)) => {
                 *entry.handed.lock() = handed;
