@@ -25,9 +25,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 /// Threads that answer faults.
 const SERVERS: usize = 2;
 
-/// What is put back with each page that a thread waits for: what it is sure to need next. Of more that
-/// came unasked nobody would learn whether it is needed, and the next restore would have to wait for it
-/// again: with whole blocks of eight pages the first restore of a function waits for a third of its
+/// What is put back with each page that a thread waits for: what it is likely to need next, and is known
+/// to need when it arrives behind it. Of whatever else came unasked nobody would learn whether it is
+/// needed, and the next restore would have to wait for it again: with whole blocks of eight pages the first restore of a function waits for a third of its
 /// pages, and it takes five to ten restores until all of them are known.
 const UNASKED: Unasked = Unasked::Ahead;
 
@@ -575,9 +575,10 @@ mod tests {
 
     use super::*;
 
+    const PAGE: u64 = PAGE_SIZE as u64;
+
     #[test]
     fn what_comes_unasked_is_learned_if_it_is_written_to() {
-        const PAGE: u64 = PAGE_SIZE as u64;
         let at = |page: u64| (1 << 20) + page * PAGE;
         let mut set = WorkingSet::default();
         let memory = Returning::new(1, false, 1, Some(set.prefetch(None, &[])), Box::new(|_| {}));
@@ -595,7 +596,6 @@ mod tests {
 
     #[test]
     fn what_was_left_out_and_came_unasked_is_not_forgotten() {
-        const PAGE: u64 = PAGE_SIZE as u64;
         let mut set = WorkingSet::default();
         let all: Vec<u64> = (0..4096).map(|page| (1 << 24) + page * PAGE).collect();
         set.touched(0, &all);

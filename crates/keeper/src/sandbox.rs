@@ -548,9 +548,8 @@ impl Held {
 
     /// Puts back what must be there, and with `prefetch` the working set, and lets the sandbox run; the
     /// rest of its memory follows as it is touched, and with `fill` in the background if it is used
-    /// often. The runtime finds `request`
-    /// when it runs. When it fails the sandbox is killed, and has not run: it may not with missing
-    /// pages that nobody brings. Blocks.
+    /// often. The runtime finds `request` when it runs. When it fails the sandbox is killed, and has
+    /// not run: it may not with missing pages that nobody brings. Blocks.
     pub(crate) fn restore(
         &self,
         caller: &Caller,
@@ -559,7 +558,7 @@ impl Held {
         request: Option<(Request, oneshot::Sender<Answer>)>,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
-        self.bring_back(caller, None, (fill, prefetch), request, buffers)
+        self.bring_back(caller, None, fill, prefetch, request, buffers)
     }
 
     /// As [`Held::restore`], while the sandbox's memory is being dropped by somebody who lets it run
@@ -572,14 +571,15 @@ impl Held {
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
         // It is not known whether memory is short: what is used often comes back.
-        self.bring_back(caller, Some(left), (true, false), None, buffers)
+        self.bring_back(caller, Some(left), true, false, None, buffers)
     }
 
     fn bring_back(
         &self,
         caller: &Caller,
         left: Option<Vec<Vec<Range<u64>>>>,
-        (fill, prefetch): (bool, bool),
+        fill: bool,
+        prefetch: bool,
         request: Option<(Request, oneshot::Sender<Answer>)>,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
@@ -604,7 +604,7 @@ impl Held {
         left.into_iter().for_each(|left| image.leave(left));
         let trial = state.trial.take();
         let prefetch = prefetch.then(|| self.working_set(trial, image.left()));
-        let restored = self.revive(image, prefetch, (fill, runs), buffers, start);
+        let restored = self.revive(image, prefetch, fill, runs, buffers, start);
         match restored {
             Ok((memory, restored)) => {
                 state.memory = Memory::Returning(memory);
@@ -632,7 +632,8 @@ impl Held {
         &self,
         image: HeldImage,
         prefetch: Option<Prefetch>,
-        (fill, runs): (bool, bool),
+        fill: bool,
+        runs: bool,
         buffers: &mut RestoreBuffers,
         start: Instant,
     ) -> Result<(Arc<Returning>, Restored), String> {
