@@ -26,7 +26,7 @@ use crate::latency::Percentiles;
 use crate::output::table;
 use crate::progress::Line;
 
-/// Requests of one cycle: two inputs, each once after a restore and once warm.
+/// Inputs of one cycle: each is sent once after a restore and once warm, the first of them once more.
 const INPUTS: usize = 2;
 /// Requests to a sandbox that was just started: the cold one, one to settle, one after its first
 /// dedup.

@@ -57,38 +57,21 @@ struct World {
     steps: Vec<Step>,
 }
 
-fn world() -> impl Strategy<Value = World> {
-    (
-        any::<u64>(),
-        prop_oneof![Just(0u64), 1u64..30],
-        prop_oneof![Just(0u32), 1u32..6],
-        1u32..5,
-        budget(),
-        0u64..10,
-        1u32..3,
-        prop::collection::vec(step(), 1..80),
-    )
-        .prop_map(
-            |(
-                seed,
-                failing,
-                max_sandboxes,
-                per_function,
-                budget_mib,
-                residents_mib,
-                max_dedups,
-                steps,
-            )| World {
-                seed,
-                failing,
-                max_sandboxes,
-                per_function,
-                budget_mib,
-                residents_mib,
-                max_dedups,
-                steps,
-            },
-        )
+prop_compose! {
+    fn world()(
+        seed in any::<u64>(),
+        failing in prop_oneof![Just(0u64), 1u64..30],
+        max_sandboxes in prop_oneof![Just(0u32), 1u32..6],
+        per_function in 1u32..5,
+        budget_mib in budget(),
+        residents_mib in 0u64..10,
+        max_dedups in 1u32..3,
+        steps in prop::collection::vec(step(), 1..80),
+    ) -> World {
+        World {
+            seed, failing, max_sandboxes, per_function, budget_mib, residents_mib, max_dedups, steps
+        }
+    }
 }
 
 fn name(function: u8) -> String {
