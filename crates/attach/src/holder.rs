@@ -563,11 +563,14 @@ impl Engine {
         if !groups.values().any(|group| of(group.domain_id, group.function))
             && !watched.iter().any(|watched| of(watched.domain_id, watched.function))
         {
-            for snapshot in self.store.snapshots_of(domain_id, function) {
-                if let Err(error) = self.registry.remove(snapshot.id()) {
+            let own = self.store.snapshots_of(domain_id, function);
+            // What is held is not freed.
+            let own: Vec<_> = own.into_iter().map(|snapshot| snapshot.id()).collect();
+            for id in own {
+                if let Err(error) = self.registry.remove(id) {
                     tracing::warn!(%error, "forgetting a base snapshot");
                 }
-                self.store.retire_snapshot(snapshot.id());
+                self.store.retire_snapshot(id);
             }
         }
     }
@@ -595,6 +598,7 @@ impl Engine {
         if let Some(_taking) = self.taking.try_lock() {
             self.let_go_of(Watched::is_over);
         }
+        self.store.free_retired();
         let groups: Vec<Arc<Group>> = self.groups.lock().values().map(Arc::clone).collect();
         for group in groups {
             let mut memory = group.memory.lock();

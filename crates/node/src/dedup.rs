@@ -67,6 +67,7 @@ pub(crate) async fn run(shared: Arc<Shared>, entry: Arc<Entry>, mode: DedupMode)
         });
         if entry.gone.load(Ordering::SeqCst) {
             shared.drop_image(&entry);
+            shared.drop_unused_of(entry.function);
         }
     });
     if let Err(error) = spawned {

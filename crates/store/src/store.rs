@@ -220,6 +220,12 @@ impl Store {
         found.is_some()
     }
 
+    /// Frees retired snapshots that nobody refers to or holds any more. Their last holder does not
+    /// say so: to be called now and then.
+    pub fn free_retired(&self) {
+        self.collect(&mut self.inner.lock());
+    }
+
     /// The base snapshots that no image refers to, with their functions, oldest first.
     #[must_use]
     pub fn unreferenced(&self) -> Vec<(SnapshotId, FunctionId)> {

@@ -59,6 +59,21 @@ fn a_reader_sees_what_was_written() {
 }
 
 #[test]
+fn a_retired_snapshot_goes_after_its_last_holder() {
+    let store = Store::create(NodeId(0), 1 << 20).expect("a store");
+    let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
+    builder.push(0, &page(1)).expect("room");
+    let snapshot = builder.finish().expect("room");
+    store.retire_snapshot(snapshot.id());
+    store.free_retired();
+    assert_eq!(store.page(&snapshot, 0), Some(&page(1)), "it is held");
+    drop(snapshot);
+    store.free_retired();
+    assert_eq!(store.usage().snapshots, 0);
+    assert_eq!(resident(&store), 0, "the host has its memory back");
+}
+
+#[test]
 fn a_snapshot_stays_while_an_image_refers_to_it() {
     let store = Store::create(NodeId(0), 1 << 20).expect("a store");
     let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
