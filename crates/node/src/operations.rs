@@ -123,6 +123,7 @@ impl Shared {
                 (Bytes::new(), Some(InvocationError::ResponseTooLarge { bytes }))
             }
             Ok(Ok(Answer::Ended(ending))) => {
+                tracing::info!(%sandbox, how = ending.how, "a sandbox ended during a request");
                 self.forget(sandbox);
                 return outcome(begin, Bytes::new(), Some(ended(ending)), false);
             }
