@@ -388,6 +388,8 @@ impl Platform {
 impl Drop for Platform {
     /// After a test that failed: nothing may disturb those that follow.
     fn drop(&mut self) {
+        // A clean end removes it.
+        let keeper_log = fs::read(self.run_dir().join("keeper.log")).unwrap_or_default();
         if let Some(child) = &mut self.child
             && matches!(child.try_wait(), Ok(None))
         {
@@ -400,6 +402,10 @@ impl Drop for Platform {
         remains::clear_away(self.setup.directory.path(), &self.cgroup(), self.uid_base());
         if std::thread::panicking() {
             eprintln!("--- the platform's log ---\n{}", client::tail(&self.log(), 60));
+            eprintln!(
+                "--- its keeper's log ---\n{}",
+                client::tail(&String::from_utf8_lossy(&keeper_log), 60)
+            );
         }
     }
 }
