@@ -189,9 +189,7 @@ fn remove_unknown(root: &CgroupRoot, table: &Table) -> Result<(), CgroupError> {
         let known = name.parse().is_ok_and(|id| table.get(id).is_some());
         if !known {
             let cgroup = root.get(&name)?;
-            if cgroup.path().exists()
-                && let Err(error) = cgroup.kill(REMOVE_LIMIT)
-            {
+            if let Err(error) = cgroup.kill(REMOVE_LIMIT) {
                 tracing::warn!(%error, "killing what is left of a sandbox");
             }
             if let Err(error) = cgroup.remove(REMOVE_LIMIT) {

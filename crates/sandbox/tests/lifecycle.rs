@@ -21,7 +21,9 @@ fn exit_status_and_signals_are_told() {
     running.cgroup().kill(LONG).unwrap();
     assert_eq!(running.wait(LONG).unwrap(), Exit::Signal(libc::SIGKILL));
     assert_eq!(running.wait_status().unwrap(), Some(Exit::Signal(libc::SIGKILL)));
+    let cgroup = running.cgroup().clone();
     running.destroy(LONG).unwrap();
+    cgroup.kill(LONG).unwrap();
 }
 
 #[test]

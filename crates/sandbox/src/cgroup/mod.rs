@@ -96,6 +96,12 @@ fn write_if_present(path: &Path, value: &str) -> Result<(), CgroupError> {
     }
 }
 
+/// Whether this is what the kernel says of a cgroup that is not there, or of a file of it that was
+/// opened when it was.
+fn is_gone(error: &std::io::Error) -> bool {
+    error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
+}
+
 /// Makes a directory, or takes the one that is there.
 fn make_dir(path: &Path) -> Result<(), CgroupError> {
     match fs::create_dir(path) {
@@ -262,13 +268,17 @@ impl Cgroup {
         Ok(memory::field(&events, "frozen") == Some(1))
     }
 
-    /// Kills every process, frozen or not, and waits until none is left.
+    /// Kills every process, frozen or not, and waits until none is left. A cgroup that is gone, or
+    /// goes meanwhile, has none.
     ///
     /// # Errors
     /// [`CgroupError::Timeout`] if one survives `limit` (it is in an uninterruptible system call).
     pub fn kill(&self, limit: Duration) -> Result<(), CgroupError> {
-        self.order_kill()?;
-        self.wait_for("populated", 0, "empty", limit)
+        let killed = self.order_kill();
+        match killed.and_then(|()| self.wait_for("populated", 0, "empty", limit)) {
+            Err(CgroupError::Io { source, .. }) if is_gone(&source) => Ok(()),
+            other => other,
+        }
     }
 
     /// Kills every process, frozen or not, without waiting for their end.

@@ -139,11 +139,9 @@ impl CgroupRoot {
     pub fn remove_all(&self, limit: Duration) -> Result<(), CgroupError> {
         let mut first = Ok(());
         for id in self.list()? {
+            // A crash may have left a sandbox in some of the hierarchies only.
             let result = self.get(&id).and_then(|cgroup| {
-                // A crash may have left a sandbox in some of the hierarchies only.
-                if cgroup.path().exists() {
-                    cgroup.kill(limit)?;
-                }
+                cgroup.kill(limit)?;
                 cgroup.remove(limit)
             });
             first = first.and(result);
