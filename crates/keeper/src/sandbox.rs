@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -60,6 +60,8 @@ pub(crate) struct Held {
     requests: AtomicU64,
     /// Told whenever the runtime asks for a request, and at the end.
     asked: Notify,
+    /// Whether this process has ordered its end.
+    ended_here: AtomicBool,
     label: Vec<u8>,
     /// Kills every process of it should this process die: the kernel kills the first one, and the
     /// others only after that one is gone.
@@ -176,6 +178,7 @@ impl Held {
             tell,
             requests: 0.into(),
             asked,
+            ended_here: false.into(),
             label,
             _order: order,
             state,
@@ -210,6 +213,11 @@ impl Held {
             self.hear(event);
         }
         let ending = self.clean_up().await;
+        if self.ended_here.load(Ordering::Acquire) {
+            tracing::debug!(sandbox = %self.id, how = ending.how, "ended");
+        } else {
+            tracing::info!(sandbox = %self.id, how = ending.how, "ended by itself, or by somebody else");
+        }
         if self.working_set == self.id.0 {
             // Its alone: its addresses were like no other's.
             lock(&self.common.working_sets).remove(&self.working_set);
@@ -383,6 +391,7 @@ impl Held {
 
     /// Kills the whole sandbox; [`Held::supervise`] sees it end and cleans up.
     pub(crate) fn kill(&self) {
+        self.ended_here.store(true, Ordering::Release);
         if let Err(error) = self.running.cgroup().order_kill() {
             tracing::warn!(sandbox = %self.id, %error, "killing a sandbox");
         }

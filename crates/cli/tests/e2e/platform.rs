@@ -353,7 +353,7 @@ impl Platform {
         let mut settings = self.setup.settings.clone();
         let more: toml::Table = toml::from_str(&format!(
             "api.listen = \"{address}\"\nnode.cgroup = \"{}\"\nnode.uid_base = {}\n\
-             log.level = \"info,medes_controller=debug,medes_node=debug\"",
+             log.level = \"info,medes_controller=debug,medes_keeper=debug,medes_node=debug\"",
             self.cgroup(),
             self.uid_base()
         ))
