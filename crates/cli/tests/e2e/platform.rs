@@ -227,6 +227,13 @@ impl Platform {
         answer["sandboxes"].as_array().unwrap().clone()
     }
 
+    /// What the node's page store holds: base snapshots and images, bytes.
+    pub fn page_store(&self) -> (u64, u64) {
+        let info = self.client.get("/v1/info").expect_ok();
+        let memory = &info["node"]["memory"];
+        (memory["base"].as_u64().unwrap(), memory["patches"].as_u64().unwrap())
+    }
+
     /// The states of a function's sandboxes, sorted.
     pub fn states(&self, name: &str) -> Vec<String> {
         let all = self.sandboxes();

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::client::{Answer, Client};
-use crate::platform::{Platform, Setup, eventually};
+use crate::platform::{Setup, eventually};
 
 const FUNCTIONS: [&str; 3] = ["one", "two", "three"];
 const CLIENTS: usize = 4;
@@ -95,13 +95,6 @@ fn states(client: &Client) -> BTreeMap<String, String> {
     states
 }
 
-/// What the node's page store holds: base snapshots and images, bytes.
-fn store(platform: &Platform) -> (u64, u64) {
-    let info = platform.client().get("/v1/info").expect_ok();
-    let memory = &info["node"]["memory"];
-    (memory["base"].as_u64().unwrap(), memory["patches"].as_u64().unwrap())
-}
-
 /// Kills the daemon of a platform over and over while requests come. No answer may be wrong, and
 /// nothing may be left in the page store when the functions are gone. Gives how many sandboxes did
 /// not live through it, by the state that they were in.
@@ -152,7 +145,7 @@ fn kill_at_random(setup: Setup) -> BTreeMap<String, u64> {
     for name in FUNCTIONS {
         platform.client().delete(&format!("/v1/functions/{name}")).expect_ok();
     }
-    assert!(eventually(|| store(&platform) == (0, 0)), "{:?} is left", store(&platform));
+    assert!(eventually(|| platform.page_store() == (0, 0)), "{:?} is left", platform.page_store());
     platform.stop();
     lost
 }
@@ -166,11 +159,6 @@ fn no_answer_is_wrong_and_no_dedup_sandbox_lost_however_often_the_daemon_is_kill
 #[test]
 fn no_answer_is_wrong_however_often_the_daemon_is_killed_with_too_little_memory() {
     // Sandboxes are purged and lose what stays of them meanwhile, so those that are gone say nothing.
-    kill_at_random(
-        Setup::new().set("node", "memory_budget", "200 MiB").set("policy", "headroom", 25).set(
-            "dedup",
-            "restore_target",
-            "1us",
-        ),
-    );
+    let setup = Setup::new().set("node", "memory_budget", "200 MiB");
+    kill_at_random(setup.set("policy", "headroom", 25).set("dedup", "restore_target", "1us"));
 }

@@ -9,13 +9,6 @@ use serde_json::{Value, json};
 
 use crate::platform::{Platform, Setup, eventually};
 
-/// What the node's page store holds: base snapshots and images, bytes.
-fn store(platform: &Platform) -> (u64, u64) {
-    let info = platform.client().get("/v1/info").expect_ok();
-    let memory = &info["node"]["memory"];
-    (memory["base"].as_u64().unwrap(), memory["patches"].as_u64().unwrap())
-}
-
 /// Sends a function a request that it finds its memory right at; gives the digest that it should
 /// find next.
 #[track_caller]
@@ -52,7 +45,7 @@ fn sandboxes_in_every_state_live_through_crashes_of_the_daemon() {
         let path = "/v1/functions/running/invoke";
         let unheard = scope.spawn(|| client.try_send("POST", path, event.as_bytes()));
         platform.wait_for_states("running", &["running"]);
-        let before = (store(&platform), platform.sandbox_processes());
+        let before = (platform.page_store(), platform.sandbox_processes());
         kill(Pid::from_raw(platform.pid()), Signal::SIGKILL).unwrap();
         assert!(unheard.join().unwrap().is_err(), "nobody was there to answer");
         (before, platform.keeper())
@@ -62,7 +55,7 @@ fn sandboxes_in_every_state_live_through_crashes_of_the_daemon() {
         platform.restart();
         assert_eq!(platform.keeper(), keeper);
     }
-    assert_eq!((store(&platform), platform.sandbox_processes()), before);
+    assert_eq!((platform.page_store(), platform.sandbox_processes()), before);
     assert_eq!(platform.states("dedup"), ["dedup"]);
     for name in ["warm", "part", "watched"] {
         assert_eq!(platform.states(name), ["warm"], "{name}");
@@ -86,7 +79,7 @@ fn sandboxes_in_every_state_live_through_crashes_of_the_daemon() {
     for name in ["warm", "dedup", "part", "watched", "running"] {
         platform.client().delete(&format!("/v1/functions/{name}")).expect_ok();
     }
-    assert!(eventually(|| store(&platform) == (0, 0)), "{:?} is left", store(&platform));
+    assert!(eventually(|| platform.page_store() == (0, 0)), "{:?} is left", platform.page_store());
     platform.stop();
 }
 
@@ -113,7 +106,7 @@ fn a_request_that_the_daemon_left_behind_is_ended_at_its_deadline() {
 fn a_daemon_is_replaced_by_signal_and_no_request_is_lost() {
     let (mut platform, digests) = platform();
     platform.deploy_as("running", "busy", json!({}));
-    let (before, processes) = (store(&platform), platform.sandbox_processes());
+    let (before, processes) = (platform.page_store(), platform.sandbox_processes());
     let answer = std::thread::scope(|scope| {
         let request = scope.spawn(|| platform.invoke("running", &json!({ "seconds": 2 })));
         platform.wait_for_states("running", &["running"]);
@@ -123,7 +116,7 @@ fn a_daemon_is_replaced_by_signal_and_no_request_is_lost() {
     assert_eq!(answer.expect_start("cold")["calls"], 1);
     platform.leaves();
     platform.restart();
-    assert_eq!(store(&platform), before);
+    assert_eq!(platform.page_store(), before);
     let now = platform.sandbox_processes();
     assert!(processes.iter().all(|pid| now.contains(pid)), "{processes:?} {now:?}");
     for (name, start, calls) in
