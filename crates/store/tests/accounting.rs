@@ -1,10 +1,11 @@
 //! What is stored can be read back in another mapping, is stored once, and is all given back.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use medes_core::{DomainId, FunctionId, NodeId};
 use medes_pages::{PAGE_SIZE, Page};
-use medes_store::{ReopenError, SnapshotRecord, Store, StoreError, StoreUse, View};
+use medes_store::{ReopenError, Snapshot, SnapshotRecord, Store, StoreError, StoreUse, View};
 use proptest::prelude::*;
 
 const DOMAIN: DomainId = DomainId(1);
@@ -24,6 +25,12 @@ fn resident(store: &Store) -> u64 {
     let bytes = std::fs::File::from(fd).metadata().expect("metadata").blocks() * 512;
     // The catalogue's first page is there from the beginning.
     bytes - PAGE_SIZE as u64
+}
+
+fn snapshot_of_a_page(store: &Store) -> Arc<Snapshot> {
+    let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
+    builder.push(0, &page(1)).expect("room");
+    builder.finish().expect("room")
 }
 
 #[test]
@@ -61,9 +68,7 @@ fn a_reader_sees_what_was_written() {
 #[test]
 fn a_retired_snapshot_goes_after_its_last_holder() {
     let store = Store::create(NodeId(0), 1 << 20).expect("a store");
-    let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
-    builder.push(0, &page(1)).expect("room");
-    let snapshot = builder.finish().expect("room");
+    let snapshot = snapshot_of_a_page(&store);
     store.retire_snapshot(snapshot.id());
     store.free_retired();
     assert_eq!(store.page(&snapshot, 0), Some(&page(1)), "it is held");
@@ -76,9 +81,7 @@ fn a_retired_snapshot_goes_after_its_last_holder() {
 #[test]
 fn a_snapshot_stays_while_an_image_refers_to_it() {
     let store = Store::create(NodeId(0), 1 << 20).expect("a store");
-    let mut builder = store.begin_snapshot(DOMAIN, FUNCTION);
-    builder.push(0, &page(1)).expect("room");
-    let snapshot = builder.finish().expect("room");
+    let snapshot = snapshot_of_a_page(&store);
     let id = snapshot.id();
     let image = store.put_image(&[b"x"], &[id]).expect("room");
     drop(snapshot);
