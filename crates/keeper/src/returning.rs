@@ -25,10 +25,11 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 /// Threads that answer faults.
 const SERVERS: usize = 2;
 
-/// What is put back with each page that a thread waits for: what it is likely to need next, and is known
-/// to need when it arrives behind it. Of whatever else came unasked nobody would learn whether it is
-/// needed, and the next restore would have to wait for it again: with whole blocks of eight pages the first restore of a function waits for a third of its
-/// pages, and it takes five to ten restores until all of them are known.
+/// What is put back with each page that a thread waits for: what it is likely to need next, and is
+/// known to need when it arrives behind it. Of whatever else came unasked nobody would learn whether
+/// it is needed, and the next restore would have to wait for it again: with whole blocks of eight
+/// pages the first restore of a function waits for a third of its pages, and it takes five to ten
+/// restores until all of them are known.
 const UNASKED: Unasked = Unasked::Ahead;
 
 /// Bytes of the working set that are put back between two looks for faults, if the sandbox runs

@@ -47,13 +47,11 @@ impl Shared {
     }
 
     /// An operation on a sandbox of the function has come to its end, and the sandbox is no more.
-    /// If the function is no more either, nobody else drops the base that the operation has made, or
-    /// has held while it was dropped.
+    /// If the function is no more either, nobody else drops the base that the operation has made.
     pub(crate) fn drop_unused_of(&self, function: FunctionId) {
         let unused = self.store.unreferenced();
         let own = unused.into_iter().filter(|(_, of)| *of == function);
         own.for_each(|(id, _)| self.drop_base(id));
-        self.store.free_retired();
     }
 
     /// Drops every base snapshot that nobody refers to, but those of `keep`. Returns how many.
