@@ -23,7 +23,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Interest};
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::caller::Caller;
+use crate::caller::Entered;
 use crate::logs::{LogWriter, MAX_LINE};
 use crate::protocol::{Answer, Ending, Restored, Returned, Started};
 use crate::returning::{Returning, Service};
@@ -61,7 +61,7 @@ pub(crate) struct Held {
     /// Told whenever the runtime asks for a request, and at the end.
     asked: Notify,
     /// Whether this process has ordered its end.
-    ended_here: AtomicBool,
+    ended_here: Arc<AtomicBool>,
     label: Vec<u8>,
     /// Kills every process of it should this process die: the kernel kills the first one, and the
     /// others only after that one is gone.
@@ -178,7 +178,7 @@ impl Held {
             tell,
             requests: 0.into(),
             asked,
-            ended_here: false.into(),
+            ended_here: Arc::default(),
             label,
             _order: order,
             state,
@@ -353,12 +353,11 @@ impl Held {
     /// Hands a request to the runtime; the answer goes to `answer`.
     pub(crate) fn invoke(
         &self,
-        caller: &Caller,
+        _: &Entered<'_>,
         request: Request,
         answer: oneshot::Sender<Answer>,
     ) -> Result<(), String> {
         let mut state = self.lock();
-        caller.check()?;
         if let Some(ending) = &state.ended {
             let _ = answer.send(Answer::Ended(ending.clone()));
             return Ok(());
@@ -421,12 +420,11 @@ impl Held {
     /// What had better stay of its memory when it is deduplicated ([`WorkingSet::residents`]).
     pub(crate) fn residents(
         &self,
-        caller: &Caller,
+        _: &Entered<'_>,
         target: Duration,
         most: u64,
     ) -> Result<Vec<Vec<Range<u64>>>, String> {
         let mut state = self.lock();
-        caller.check()?;
         let mut sets = lock(&self.common.working_sets);
         let residents = sets.entry(self.working_set).or_default().residents(target, most);
         state.trial = Some(residents.trial);
@@ -434,9 +432,8 @@ impl Held {
     }
 
     /// Keeps an image at hand that is to be held soon.
-    pub(crate) fn examined(&self, caller: &Caller, image: OpenImage) -> Result<(), String> {
+    pub(crate) fn examined(&self, _: &Entered<'_>, image: OpenImage) -> Result<(), String> {
         let mut state = self.lock();
-        caller.check()?;
         let mut sets = lock(&self.common.working_sets);
         image.teach(sets.entry(self.working_set).or_default());
         drop(sets);
@@ -460,12 +457,11 @@ impl Held {
     /// requests have written to since the restore before.
     pub(crate) fn hold(
         &self,
-        caller: &Caller,
+        _: &Entered<'_>,
         image: HeldImage,
         written: &[Vec<Range<u64>>],
     ) -> Result<(), String> {
         let mut state = self.lock();
-        caller.check()?;
         if state.ended.is_some() {
             return Err("the sandbox has ended".into());
         }
@@ -489,9 +485,8 @@ impl Held {
     }
 
     /// Lets go of it again.
-    pub(crate) fn release(&self, caller: &Caller) -> Result<(), String> {
+    pub(crate) fn release(&self, _: &Entered<'_>) -> Result<(), String> {
         let mut state = self.lock();
-        caller.check()?;
         state.memory = match std::mem::take(&mut state.memory) {
             Memory::Held(_, None) => Memory::Present,
             Memory::Held(_, Some(before)) => Memory::Suspended(before),
@@ -503,11 +498,10 @@ impl Held {
     /// Notes what of a held image's memory has not been dropped.
     pub(crate) fn leave(
         &self,
-        caller: &Caller,
+        _: &Entered<'_>,
         ranges: Vec<Vec<Range<u64>>>,
     ) -> Result<(), String> {
         let mut state = self.lock();
-        caller.check()?;
         match &mut state.memory {
             Memory::Held(image, _) => {
                 image.leave(ranges);
@@ -521,11 +515,10 @@ impl Held {
     /// still its own, process by process. Blocks.
     pub(crate) fn suspend(
         &self,
-        caller: &Caller,
+        _: &Entered<'_>,
         buffers: &mut RestoreBuffers,
     ) -> Result<Vec<SpaceView>, String> {
         let mut state = self.lock();
-        caller.check()?;
         let memory = match &state.memory {
             Memory::Returning(memory) => Arc::clone(memory),
             _ => return Err("the sandbox's memory is not watched".into()),
@@ -561,13 +554,13 @@ impl Held {
     /// not run: it may not with missing pages that nobody brings. Blocks.
     pub(crate) fn restore(
         &self,
-        caller: &Caller,
+        _: &Entered<'_>,
         fill: bool,
         prefetch: bool,
         request: Option<(Request, oneshot::Sender<Answer>)>,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
-        self.bring_back(caller, None, fill, prefetch, request, buffers)
+        self.bring_back(None, fill, prefetch, request, buffers)
     }
 
     /// As [`Held::restore`], while the sandbox's memory is being dropped by somebody who lets it run
@@ -575,17 +568,16 @@ impl Held {
     /// dropped.
     pub(crate) fn take_back(
         &self,
-        caller: &Caller,
+        _: &Entered<'_>,
         left: Vec<Vec<Range<u64>>>,
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
         // It is not known whether memory is short: what is used often comes back.
-        self.bring_back(caller, Some(left), true, false, None, buffers)
+        self.bring_back(Some(left), true, false, None, buffers)
     }
 
     fn bring_back(
         &self,
-        caller: &Caller,
         left: Option<Vec<Vec<Range<u64>>>>,
         fill: bool,
         prefetch: bool,
@@ -593,7 +585,6 @@ impl Held {
         buffers: &mut RestoreBuffers,
     ) -> Result<Restored, String> {
         let mut state = self.lock();
-        caller.check()?;
         let mut image = match std::mem::take(&mut state.memory) {
             // What there was before is gone for good.
             Memory::Held(image, _) => image,
@@ -655,7 +646,9 @@ impl Held {
         }
         let pages = revived.pages;
         let (id, cgroup) = (self.id, self.running.cgroup().clone());
+        let ended_here = Arc::clone(&self.ended_here);
         let kill = move |why: &str| {
+            ended_here.store(true, Ordering::Release);
             tracing::error!(sandbox = %id, why, "memory can't be brought back; killing the sandbox");
             let _ = cgroup.order_kill();
         };

@@ -17,7 +17,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::caller::Caller;
+use crate::caller::{Caller, Entered};
 use crate::protocol::{
     self, Answer, Call, Command, Hold, Listed, Message, Reply, Restored, Start, Started, VERSION,
 };
@@ -216,18 +216,19 @@ impl Shared {
                 hello.unwrap_or_else(Reply::Refused)
             }
             Command::List => {
-                let listed = tokio::task::spawn_blocking(move || self.list()).await;
-                listed.map_or_else(|e| Reply::Refused(e.to_string()), Reply::Listed)
+                let caller = Arc::clone(caller);
+                let list = move || caller.enter().map(|_by| self.list());
+                let listed = tokio::task::spawn_blocking(list).await;
+                let listed = listed.map_err(|e| e.to_string()).flatten();
+                listed.map_or_else(Reply::Refused, Reply::Listed)
             }
-            Command::Taken => {
-                lock(&self.listed).clear();
-                Reply::Done
-            }
+            Command::Taken => done(caller.enter().map(|_by| lock(&self.listed).clear())),
             Command::Start(start) => Reply::Started(self.start(caller, *start).await),
             Command::Invoke { sandbox, request } => {
                 let (answer, answered) = oneshot::channel();
-                let sent = self.find(sandbox).and_then(|held| {
-                    held.invoke(caller, request, answer)?;
+                let sent = caller.enter().and_then(|by| {
+                    let held = self.find(sandbox)?;
+                    held.invoke(&by, request, answer)?;
                     Ok(held)
                 });
                 if sent.as_ref().is_ok_and(|held| held.lacks_working_set()) {
@@ -246,68 +247,72 @@ impl Shared {
                 }
             }
             Command::Collect { sandbox } => {
-                let handed = lock(&self.handed).remove(&sandbox);
+                let handed = caller.enter().map(|_by| lock(&self.handed).remove(&sandbox));
                 match handed {
                     // If it has ended, its answer says so.
-                    Some(answered) => answered_by(self.find(sandbox).ok().as_ref(), answered).await,
-                    None => refused("no request came with the sandbox's restore"),
+                    Ok(Some(answered)) => {
+                        answered_by(self.find(sandbox).ok().as_ref(), answered).await
+                    }
+                    Ok(None) => refused("no request came with the sandbox's restore"),
+                    Err(why) => Reply::Refused(why),
                 }
             }
-            Command::Kill { sandbox } => {
+            Command::Kill { sandbox } => done(caller.enter().and_then(|_by| {
                 lock(&self.handed).remove(&sandbox);
-                done(self.find(sandbox).map(|held| held.kill()))
-            }
+                self.find(sandbox).map(|held| held.kill())
+            })),
             Command::Idle { sandbox } => match self.find(sandbox) {
                 Ok(held) => done(held.idle().await),
                 Err(why) => Reply::Refused(why),
             },
-            Command::Examine { sandbox, image } => done(self.examine(caller, sandbox, image)),
+            Command::Examine { sandbox, image } => {
+                done(caller.enter().and_then(|by| self.examine(&by, sandbox, image)))
+            }
             Command::Residents { sandbox, target_us, most } => {
-                let held = self.find(sandbox);
                 let target = Duration::from_micros(target_us);
-                let residents = held.and_then(|held| held.residents(caller, target, most));
+                let residents =
+                    caller.enter().and_then(|by| self.find(sandbox)?.residents(&by, target, most));
                 residents.map_or_else(Reply::Refused, Reply::Residents)
             }
-            Command::Hold(hold) => done(self.hold(caller, hold)),
+            Command::Hold(hold) => done(caller.enter().and_then(|by| self.hold(&by, hold))),
             Command::Release { sandbox } => {
-                done(self.find(sandbox).and_then(|held| held.release(caller)))
+                done(caller.enter().and_then(|by| self.find(sandbox)?.release(&by)))
             }
             Command::Left { sandbox, ranges } => {
-                done(self.find(sandbox).and_then(|held| held.leave(caller, ranges)))
+                done(caller.enter().and_then(|by| self.find(sandbox)?.leave(&by, ranges)))
             }
             Command::TakeBack { sandbox, left } => {
-                self.take_back(caller, sandbox, left).map_or_else(Reply::Refused, Reply::Restored)
+                let taken = caller.enter().and_then(|by| self.take_back(&by, sandbox, left));
+                taken.map_or_else(Reply::Refused, Reply::Restored)
             }
             Command::Restore { sandbox, fill, prefetch, request } => {
-                let request = request.map(|request| {
-                    let (answer, answered) = oneshot::channel();
-                    lock(&self.handed).insert(sandbox, answered);
-                    (request, answer)
-                });
                 // A request waits for this one, and would for another thread to wake.
                 let restored = tokio::task::block_in_place(|| {
+                    let by = caller.enter()?;
                     let held = self.find(sandbox)?;
-                    self.lend_buffers(|b| held.restore(caller, fill, prefetch, request, b))
-                });
-                match restored {
-                    Ok(restored) => Reply::Restored(restored),
-                    Err(why) => {
+                    let request = request.map(|request| {
+                        let (answer, answered) = oneshot::channel();
+                        lock(&self.handed).insert(sandbox, answered);
+                        (request, answer)
+                    });
+                    let restored =
+                        self.lend_buffers(|b| held.restore(&by, fill, prefetch, request, b));
+                    restored.inspect_err(|_| {
                         lock(&self.handed).remove(&sandbox);
-                        Reply::Refused(why)
-                    }
-                }
+                    })
+                });
+                restored.map_or_else(Reply::Refused, Reply::Restored)
             }
             Command::Complete { sandbox } => {
-                done(self.with_buffers(sandbox, |held, b| held.complete(b)).await)
+                done(self.for_caller(caller, sandbox, |held, _, b| held.complete(b)).await)
             }
             Command::Suspend { sandbox } => {
-                let caller = Arc::clone(caller);
                 let views =
-                    self.with_buffers(sandbox, move |held, b| held.suspend(&caller, b)).await;
+                    self.for_caller(caller, sandbox, |held, by, b| held.suspend(by, b)).await;
                 views.map_or_else(Reply::Refused, Reply::Suspended)
             }
             Command::Resume { sandbox } => {
-                done(self.with_buffers(sandbox, |held, _| held.resume()).await)
+                done(self.for_caller(caller, sandbox, |held, _, _| held.resume()).await)
             }
             Command::Stop => {
                 self.kill_all().await;
@@ -321,13 +326,13 @@ impl Shared {
     /// but what is `left`. It takes about as long as waking another thread for it would.
     fn take_back(
         &self,
-        caller: &Caller,
+        by: &Entered<'_>,
         sandbox: SandboxId,
         left: Vec<Vec<Range<u64>>>,
     ) -> Result<Restored, String> {
         let held = self.find(sandbox)?;
         tokio::task::block_in_place(|| {
-            self.lend_buffers(|buffers| held.take_back(caller, left, buffers))
+            self.lend_buffers(|buffers| held.take_back(by, left, buffers))
         })
     }
 
@@ -393,12 +398,13 @@ impl Shared {
             }
         };
         {
+            let _by = match caller.enter() {
+                Ok(by) => by,
+                Err(why) => return Started::Failed(why),
+            };
             // Held from before the sandbox can end until it is in the table, so that its end
             // finds it there.
             let mut sandboxes = lock(&self.sandboxes);
-            if let Err(why) = caller.check() {
-                return Started::Failed(why);
-            }
             match Held::take(Arc::clone(&self.common), spawned, settings, starting, tell) {
                 Ok(held) => sandboxes.insert(sandbox, held),
                 Err(error) => return Started::Failed(error.to_string()),
@@ -407,10 +413,10 @@ impl Shared {
         started.await.unwrap_or_else(|_| Started::Failed("the sandbox is gone".into()))
     }
 
-    fn hold(&self, caller: &Caller, hold: Hold) -> Result<(), String> {
+    fn hold(&self, by: &Entered<'_>, hold: Hold) -> Result<(), String> {
         let Hold { sandbox, image, userfaults, written, residents } = hold;
         let held = self.find(sandbox)?;
-        let userfaults = userfaults.iter().map(|number| caller.take_descriptor(*number));
+        let userfaults = userfaults.iter().map(|number| by.take_descriptor(*number));
         let userfaults = userfaults.collect::<Result<_, _>>()?;
         let image = match held.take_examined(image) {
             Some(image) => image,
@@ -418,7 +424,7 @@ impl Shared {
         };
         let mut image = image.hold(userfaults).map_err(|error| error.to_string())?;
         image.leave(residents);
-        held.hold(caller, image, &written)?;
+        held.hold(by, image, &written)?;
         tokio::spawn(async move {
             tokio::time::sleep(OPEN).await;
             held.close_image();
@@ -426,13 +432,24 @@ impl Shared {
         Ok(())
     }
 
-    fn examine(&self, caller: &Caller, sandbox: SandboxId, image: Extent) -> Result<(), String> {
-        self.find(sandbox)?.examined(caller, self.open_image(image)?)
+    fn examine(&self, by: &Entered<'_>, sandbox: SandboxId, image: Extent) -> Result<(), String> {
+        self.find(sandbox)?.examined(by, self.open_image(image)?)
     }
 
     fn open_image(&self, image: Extent) -> Result<OpenImage, String> {
         let view = lock(&self.store).clone().ok_or("no page store: say hello first")?;
         OpenImage::open(view, image).map_err(|error| error.to_string())
+    }
+
+    /// Runs `work`, for a caller, where it may block.
+    async fn for_caller<R: Send + 'static>(
+        self: Arc<Self>,
+        caller: &Arc<Caller>,
+        sandbox: SandboxId,
+        work: fn(&Arc<Held>, &Entered<'_>, &mut RestoreBuffers) -> Result<R, String>,
+    ) -> Result<R, String> {
+        let caller = Arc::clone(caller);
+        self.with_buffers(sandbox, move |held, buffers| work(held, &caller.enter()?, buffers)).await
     }
 
     /// Runs `work` where it may block, with buffers that earlier work has used, if there are any.

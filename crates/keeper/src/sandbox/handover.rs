@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use medes_agent::dedup::let_run;
@@ -91,11 +92,11 @@ impl Held {
         }
     }
 
-    /// What another daemon has to know; `None` if it has ended. The descriptors named are put into
-    /// `descriptors`, so that they stay what they are.
+    /// What another daemon has to know; `None` if it has ended or was told to. The descriptors named are
+    /// put into `descriptors`, so that they stay what they are.
     pub(crate) fn list(&self, descriptors: &mut Vec<OwnedFd>) -> Option<Listed> {
         let state = self.lock();
-        if state.ended.is_some() || self.is_dead() {
+        if state.ended.is_some() || self.ended_here.load(Ordering::Acquire) || self.is_dead() {
             return None;
         }
         let mut keep = |userfaults: Vec<OwnedFd>| {
