@@ -386,8 +386,8 @@ fn split_unwritten(
     if known.is_empty() {
         return Vec::new();
     }
-    let unwritten: Vec<_> =
-        known.iter().flat_map(|known| without(known.range.clone(), written)).collect();
+    let unwritten = |known: &Reused| without(known.range.clone(), near(written, &known.range));
+    let unwritten: Vec<_> = known.iter().flat_map(unwritten).collect();
     *runs = runs.iter().flat_map(|run| cut(run, &unwritten)).collect();
     let present: Vec<_> = runs.iter().map(PageRun::range).collect();
     let mut reused = Vec::new();

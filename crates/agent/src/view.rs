@@ -64,12 +64,14 @@ impl SpaceView {
     /// The parts of `range` that belong to the image.
     #[must_use]
     pub fn of_image(&self, range: &Range<u64>) -> Vec<Reused> {
+        let first = self.pieces.partition_point(|(start, length, _)| start + length <= range.start);
+        let near = self.pieces[first..].iter().take_while(|(start, ..)| *start < range.end);
         let within = |(start, length, origin): &(u64, u64, Option<u64>)| {
             let part = range.start.max(*start)..range.end.min(start + length);
-            let origin = (*origin)? + part.start.saturating_sub(*start);
-            (part.start < part.end).then_some(Reused { range: part, origin })
+            let origin = (*origin)? + (part.start - start);
+            Some(Reused { range: part, origin })
         };
-        self.pieces.iter().filter_map(within).collect()
+        near.filter_map(within).collect()
     }
 }
 
@@ -281,6 +283,18 @@ mod tests {
                 }
                 for (n, expected) in model.iter().enumerate() {
                     prop_assert_eq!(view.at(n as u64 * PAGE), *expected);
+                }
+                // And what it tells others of a range is the same.
+                let mut told = vec![None; model.len()];
+                for Reused { range, origin } in view.export().of_image(&(a as u64 * PAGE..(a + n) as u64 * PAGE)) {
+                    for page in range.start / PAGE..range.end / PAGE {
+                        told[page as usize] = Some(Belongs::Image(origin + page * PAGE - range.start));
+                    }
+                }
+                for (page, belongs) in model.iter().enumerate() {
+                    let told = told[page].unwrap_or(Belongs::Nothing);
+                    let is_told = (a..a + n).contains(&page) && matches!(belongs, Belongs::Image(_));
+                    prop_assert_eq!(told, if is_told { *belongs } else { Belongs::Nothing });
                 }
             }
         }

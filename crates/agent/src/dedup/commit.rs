@@ -72,6 +72,10 @@ impl Operation<'_> {
     /// Registers the plan's mappings; from here on the kernel remembers who writes to them, if it
     /// can. Where it can they lack nothing yet even if pages should be missing, so that a sandbox
     /// that is let run again need not be waited for.
+    ///
+    /// In a process that was restored before nothing is, for whoever registers waits for the reader of
+    /// the mappings' flags: what lacks pages is registered already ([`Operation::register_again`]), and
+    /// the rest will be when it is dropped.
     pub(super) fn register(
         &self,
         userfaults: &mut [UserFault],
@@ -97,33 +101,44 @@ impl Operation<'_> {
                     // Registered when it has become anonymous.
                     MappingKind::Replaced(_) => of_process.push(range),
                     MappingKind::File => {}
-                    MappingKind::Anonymous if userfault.covers(&range) => of_process.push(range),
-                    MappingKind::Anonymous => {
-                        // What is away must not read as zeros for a moment.
-                        let mode = match mapping.known.is_empty() {
-                            true => mode,
-                            false if tracks_writes => RegisterMode::MissingAndWriteProtect,
-                            false => RegisterMode::Missing,
-                        };
-                        match userfault.register(range.clone(), mode) {
-                            Ok(()) => {
-                                if protected {
-                                    self.protect(userfault, mapping)?;
-                                }
-                                of_process.push(range);
+                    MappingKind::Anonymous if !fresh => of_process.push(range),
+                    MappingKind::Anonymous => match userfault.register(range.clone(), mode) {
+                        Ok(()) => {
+                            if protected {
+                                self.protect(userfault, mapping)?;
                             }
-                            // What is away can't stay.
-                            Err(error) if !mapping.known.is_empty() => {
-                                return Err(Hindrance::Register(error).into());
-                            }
-                            Err(error) => tracing::debug!(%error, "a mapping stays resident"),
+                            of_process.push(range);
                         }
-                    }
+                        Err(error) => tracing::debug!(%error, "a mapping stays resident"),
+                    },
                 }
             }
             ranges.push(of_process);
         }
         Ok(Registered { ranges, tracks_writes, protected })
+    }
+
+    /// Registers mappings that lack pages, of which not all is known to be registered: parts have
+    /// stayed. The kernel has nothing to do for it, but it has the last word.
+    pub(super) fn register_again(
+        &self,
+        userfaults: &mut [UserFault],
+        plan: &Plan,
+    ) -> Result<(), DedupError> {
+        for (process, userfault) in plan.processes.iter().zip(userfaults) {
+            let mode = match userfault.tracks_writes() {
+                true => RegisterMode::MissingAndWriteProtect,
+                false => RegisterMode::Missing,
+            };
+            for mapping in process.mappings.iter().filter(|mapping| !mapping.known.is_empty()) {
+                self.check_cancelled()?;
+                let range = mapping.start..mapping.end;
+                if !userfault.covers(&range) {
+                    userfault.register(range, mode).map_err(Hindrance::Register)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Hands the image and the userfaultfds over and drops the pages, after checking that they are

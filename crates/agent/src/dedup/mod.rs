@@ -439,8 +439,14 @@ impl Operation<'_> {
                 self.store.remove_image(presumed.2.image);
                 make(plan)
             })?;
-            let examine = || holder.examine(&made.image).map_err(Hindrance::Holder);
-            match self.check_cancelled().and_then(|()| Ok(examine()?)) {
+            let mut examine = || {
+                self.check_cancelled()?;
+                if !fresh {
+                    self.register_again(&mut userfaults, &plan)?;
+                }
+                Ok(holder.examine(&made.image).map_err(Hindrance::Holder)?)
+            };
+            match examine() {
                 Ok(()) => Ok((plan, registered, made)),
                 Err(error) => {
                     self.store.remove_image(made.image);

@@ -20,7 +20,7 @@ use medes_agent::plan::PlanError;
 use medes_agent::restore::{Filling, OpenImage, RestoreBuffers, Served};
 use medes_agent::working_set::{Prefetch, WorkingSet};
 use medes_core::{DomainId, FunctionId, NodeId, PageRef, SnapshotId};
-use medes_memory::pages::{PageClass, PageRun};
+use medes_memory::pages::{PageClass, PageRun, PageScanner};
 use medes_memory::ranges::within;
 use medes_memory::writer::write_pages;
 use medes_pages::{Fingerprint, PAGE_SIZE};
@@ -520,29 +520,63 @@ fn memory_that_is_away_and_must_stay_from_now_on_is_not_forgotten() {
     bench.give_back(done);
 }
 
+/// How much anonymous memory is there of a range.
+fn private_bytes(pid: i32, range: Range<u64>) -> u64 {
+    let (mut scanner, mut there) = (PageScanner::open(pid).expect("opens"), Vec::new());
+    scanner.scan_range(range, PageClass::Anonymous, &mut there).expect("scans");
+    there.iter().map(|run| run.bytes()).sum()
+}
+
 #[test]
 fn what_a_restored_process_maps_anew_stays_if_it_has_to() {
-    use medes_memory::pages::{PageClass, PageScanner};
     const BYTES: u64 = 1 << 20;
     let bench = bench();
     let mut target = Target::start(22);
     let done = bench.dedup(&target, true).expect("deduplicates");
     let mut at = 0;
     bench.restore_watched(&mut target, true, |target| {
-        target.tell("more");
+        target.tell("more that stays");
         at = target.line().parse::<u64>().expect("an address");
         target.check();
     });
     let again = bench.dedup_again(&target, &done).expect("deduplicates");
-    let (mut scanner, mut there) = (PageScanner::open(target.pid()).expect("opens"), Vec::new());
-    scanner.scan_range(at..at + BYTES, PageClass::Anonymous, &mut there).expect("scans");
-    let pages: u64 = there.iter().map(|run| u64::from(run.pages)).sum();
-    assert_eq!(pages * PAGE_SIZE as u64, BYTES);
+    assert_eq!(private_bytes(target.pid(), at..at + BYTES), BYTES);
     assert!(again.counts.reused > 1000, "{:?}", again.counts);
     drop(done.userfaults);
     bench.store.remove_image(done.image);
     bench.restore(&mut target, Target::check);
     bench.give_back(again);
+}
+
+#[test]
+fn what_a_restored_process_maps_anew_goes_and_comes_back() {
+    const BYTES: u64 = 1 << 20;
+    let bench = bench();
+    let mut target = Target::start(23);
+    let mut done = bench.dedup(&target, true).expect("deduplicates");
+    // Other parts of it stay each time.
+    for pages in [8, 5, 3] {
+        let mut at = 0;
+        bench.restore_watched(&mut target, pages != 5, |target| {
+            target.tell("more");
+            at = target.line().parse::<u64>().expect("an address");
+            target.check();
+        });
+        *bench.residents.lock().unwrap() = stripes(&target.cgroup, pages);
+        let again = bench.dedup_again(&target, &done).expect("deduplicates");
+        drop(std::mem::take(&mut *bench.watched.lock().unwrap()));
+        let of_image = pages_of(bench.view(), bench.held.lock().unwrap().as_ref().expect("held"));
+        let new = within(&(at..at + BYTES), &of_image[0]);
+        let bytes: u64 = new.iter().map(|range| range.end - range.start).sum();
+        assert!((BYTES / 3..BYTES * 2 / 3).contains(&bytes), "{bytes} of it are in the image");
+        let there = private_bytes(target.pid(), at..at + BYTES);
+        assert_eq!(there + bytes, BYTES, "what is in the image is away");
+        drop(done.userfaults);
+        bench.store.remove_image(done.image);
+        done = again;
+    }
+    bench.restore(&mut target, Target::check);
+    bench.give_back(done);
 }
 
 #[test]

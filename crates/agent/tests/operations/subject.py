@@ -22,6 +22,8 @@ own = source.randbytes(1 << 20)
 zeros = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 zeros[0] = 1
 objects = [(n, str(n * seed), {n: seed}) for n in range(20000)]
+# Mapped later.
+more = []
 ticks = 0
 
 
@@ -40,6 +42,8 @@ def digest():
     h.update(own)
     h.update(zeros)
     h.update(repr(objects).encode())
+    for mapping in more:
+        h.update(mapping)
     return h.hexdigest()
 
 
@@ -52,11 +56,14 @@ for line in sys.stdin:
         zeros.madvise(MADV_WIPEONFORK)
         print("wiped", flush=True)
         continue
-    if line == "more\n":
-        more = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        more.write(own)
-        more.madvise(MADV_WIPEONFORK)
-        print(ctypes.addressof(ctypes.c_char.from_buffer(more)), flush=True)
+    if line in ("more\n", "more that stays\n"):
+        mapping = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.write(own)
+        if line == "more that stays\n":
+            mapping.madvise(MADV_WIPEONFORK)
+        more.append(mapping)
+        expected = digest()
+        print(ctypes.addressof(ctypes.c_char.from_buffer(mapping)), flush=True)
         continue
     requests += 1
     before = ticks
