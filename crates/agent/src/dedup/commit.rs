@@ -48,7 +48,7 @@ const LOOKED: u64 = 4096;
 /// What is registered of a plan's processes.
 pub(super) struct Registered {
     /// For each process the mappings that can be dropped: those that are registered, and those
-    /// that will be when they have become anonymous.
+    /// that will be when they have become anonymous or are dropped.
     pub(super) ranges: Vec<Vec<Range<u64>>>,
     /// Whether the kernel tells of writes to registered mappings.
     pub(super) tracks_writes: bool,

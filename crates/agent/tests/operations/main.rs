@@ -564,7 +564,7 @@ fn what_a_restored_process_maps_anew_goes_and_comes_back() {
         });
         *bench.residents.lock().unwrap() = stripes(&target.cgroup, pages);
         let again = bench.dedup_again(&target, &done).expect("deduplicates");
-        drop(std::mem::take(&mut *bench.watched.lock().unwrap()));
+        bench.watched.lock().unwrap().clear();
         let of_image = pages_of(bench.view(), bench.held.lock().unwrap().as_ref().expect("held"));
         let new = within(&(at..at + BYTES), &of_image[0]);
         let bytes: u64 = new.iter().map(|range| range.end - range.start).sum();

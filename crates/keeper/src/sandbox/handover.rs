@@ -92,8 +92,8 @@ impl Held {
         }
     }
 
-    /// What another daemon has to know; `None` if it has ended or was told to. The descriptors named are
-    /// put into `descriptors`, so that they stay what they are.
+    /// What another daemon has to know; `None` if it has ended or was told to. The descriptors named
+    /// are put into `descriptors`, so that they stay what they are.
     pub(crate) fn list(&self, descriptors: &mut Vec<OwnedFd>) -> Option<Listed> {
         let state = self.lock();
         if state.ended.is_some() || self.ended_here.load(Ordering::Acquire) || self.is_dead() {
